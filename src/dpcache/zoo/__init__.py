@@ -1,0 +1,1 @@
+"""Small trained pipelines that ship with the package, in plain diffusers format."""
