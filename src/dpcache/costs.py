@@ -1,0 +1,97 @@
+"""Recorded values -> cost tensor.
+
+`cost[i, j, k]` is the accumulated error of predicting the steps after key step j up to k, when the key step before j
+was i. Step T, one past the last, is a sentinel: the hop to it pays for everything after the last key step.
+"""
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from .predictors import taylor_coefficients
+
+CostTensor = npt.NDArray[np.float64]
+
+#: Of the T steps, how far apart a key step and the one before it may be in the paper's tensor.
+ANCHOR_LIMIT = 0.3
+#: Weight of the extrapolation (against the mean) in the value that stands in for the sentinel step T.
+SENTINEL_ALPHA = 0.8
+#: Bytes of predictions held at once: small enough to stay in a processor's cache.
+_CHUNK_BYTES = 2**21
+
+
+def paper_cost(
+    features: "torch.Tensor | npt.NDArray[Any]",
+    order: int = 2,
+    *,
+    sentinel_alpha: float = SENTINEL_ALPHA,
+    anchor_limit: float = ANCHOR_LIMIT,
+) -> CostTensor:
+    """Path-Aware Cost Tensor of one recorded run, as DPCache (arXiv 2602.22654) computes it.
+
+    The error of one predicted step is mean |prediction - truth| / 2; `cost[i, j, k]` sums it over steps j+1 .. k, step
+    k included. The history of a Taylor prediction of order n is taken to be the n consecutive steps up to i, then j.
+
+    Args:
+        features: [T, ...] values of one branch, real and finite, steps in sampling order; T >= order + 1.
+        order: order n of the Taylor prediction, 0 or more.
+        sentinel_alpha: the value at step T is alpha x (Taylor extrapolation from the last n + 1 steps)
+            + (1 - alpha) x (their mean).
+        anchor_limit: entries with j - i > anchor_limit x T are infinite.
+
+    Returns:
+        float64 array [T, T+1, T+1] indexed [i, j, k], infinite where no prediction exists. For j < order the only
+        finite entries are `cost[i, j, j+1] = 0`: the first order + 1 steps are then all key steps.
+
+    Raises:
+        ValueError: fewer steps than the order needs, a negative order, or values that are not finite.
+    """
+    values = torch.as_tensor(features)
+    values = values.reshape(values.shape[0], -1)
+    values = values if values.dtype == torch.float64 else values.to(torch.float32)
+    steps = values.shape[0]
+    if order < 0 or steps <= order:
+        raise ValueError(f"an order-{order} cost needs order >= 0 and more than {order} steps, got {steps}.")
+    finite = torch.isfinite(values).all(dim=1)
+    if not bool(finite.all()):
+        raise ValueError(f"values are not finite at step {int((~finite).nonzero()[0])}.")
+
+    last = list(range(steps - order - 1, steps))
+    extrapolation = torch.as_tensor(taylor_coefficients(last, steps, order), dtype=values.dtype, device=values.device)
+    sentinel = sentinel_alpha * (extrapolation @ values[last]) + (1 - sentinel_alpha) * values[last].mean(dim=0)
+    truth = torch.cat([values, sentinel[None]])
+
+    cost = np.full((steps, steps + 1, steps + 1), np.inf)
+    for j in range(steps):
+        if j < order:
+            cost[: j + 1, j, j + 1] = 0.0
+            continue
+        # An order-0 prediction reads j alone, whatever came before it: every anchor has the same history.
+        first_anchor = max(order - 1, j - int(anchor_limit * steps + 1e-9), 0)
+        anchors = range(first_anchor, max(j, first_anchor + 1))
+        errors = _prediction_errors(truth, [[*range(i - order + 1, i + 1), j] for i in anchors], order)
+        cost[anchors.start : anchors.stop, j, j + 1 :] = np.cumsum(errors, axis=1) / 2
+    return cost
+
+
+def _prediction_errors(truth: torch.Tensor, histories: list[list[int]], order: int) -> npt.NDArray[np.float64]:
+    """Mean absolute errors [histories, steps after their common last key] of predicting `truth` [steps, D]."""
+    last_key = histories[0][-1]
+    targets = range(last_key + 1, truth.shape[0])
+    coefficients = torch.as_tensor(
+        np.array([[taylor_coefficients(keys, t, order) for t in targets] for keys in histories]),
+        dtype=truth.dtype,
+        device=truth.device,
+    )  # [histories, targets, order + 1]
+    rows = torch.as_tensor(histories, device=truth.device)
+    width = truth.shape[1]
+    chunk = max(64, _CHUNK_BYTES // (truth.element_size() * len(histories) * len(targets)))
+    total = torch.zeros(len(histories), len(targets), dtype=torch.float64, device=truth.device)
+    for start in range(0, width, chunk):
+        piece = truth[:, start : start + chunk]
+        target = piece[last_key + 1 :].expand(len(histories), -1, -1)
+        error = torch.baddbmm(target, coefficients, piece[rows], beta=-1)
+        total += error.abs_().sum(dim=2)
+    return (total / width).cpu().numpy()

@@ -1,0 +1,29 @@
+"""Exceptions: each message names what is wrong and what to do about it."""
+
+
+class DPCacheError(Exception):
+    """Base of every error this library raises on purpose."""
+
+
+class InfeasibleBudgetError(DPCacheError, ValueError):
+    """No schedule with this many key steps satisfies the constraints."""
+
+
+class UnsupportedPipelineError(DPCacheError, TypeError):
+    """The pipeline, or the boundary asked of it, is not one the library can follow."""
+
+
+class ScheduleMismatchError(DPCacheError, ValueError):
+    """The schedule or calibration was made for another model."""
+
+
+class CacheStateError(DPCacheError, RuntimeError):
+    """`enable`, `disable` or `stats` called in the wrong order."""
+
+
+class CalibrationError(DPCacheError, ValueError):
+    """Calibration cannot start or was stopped by what it measured (no inputs, NaN, no sampling loop)."""
+
+
+class FileFormatError(DPCacheError, ValueError):
+    """A calibration or schedule file is truncated, edited, of another version, or something else altogether."""

@@ -1,0 +1,95 @@
+"""The paper's cost tensor against recorded fixtures and the definition, and the Taylor coefficients."""
+
+from math import factorial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dpcache
+from dpcache.predictors import taylor_coefficients
+
+REFERENCE = Path(__file__).parent / "reference"
+
+
+@pytest.mark.parametrize("order", [1, 2])
+def test_paper_fixture(order):
+    fixture = np.load(REFERENCE / f"paper_pact_t20_order{order}.npz")
+    cost = dpcache.paper_cost(fixture["features"], order=int(fixture["order"]))
+    assert cost.dtype == np.float64
+    assert cost.shape == fixture["cost"].shape
+    np.testing.assert_array_equal(np.isinf(cost), np.isinf(fixture["cost"]))
+    finite = np.isfinite(cost)
+    np.testing.assert_allclose(cost[finite], fixture["cost"][finite], rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_cost_follows_its_definition_entry_by_entry(order):
+    rng = np.random.default_rng(order)
+    steps = 14
+    features = rng.normal(size=(steps, 2, 3, 5)).cumsum(axis=0)
+    cost = dpcache.paper_cost(features, order=order)
+    flat = features.reshape(steps, -1)
+    i, j = 3, 6
+    history = [*range(i - order + 1, i + 1), j]
+    total = 0.0
+    for t in range(j + 1, steps):
+        prediction = taylor_coefficients(history, t, order) @ flat[history]
+        total += np.abs(prediction - flat[t]).mean() / 2
+        assert cost[i, j, t] == pytest.approx(total, rel=1e-9)
+
+
+def test_cost_is_the_same_from_a_torch_tensor_in_half_precision():
+    features = torch.randn(10, 7, 300).cumsum(dim=0).to(torch.bfloat16)
+    from_half = dpcache.paper_cost(features)
+    from_full = dpcache.paper_cost(features.to(torch.float64).numpy())
+    finite = np.isfinite(from_full)
+    np.testing.assert_allclose(from_half[finite], from_full[finite], rtol=1e-5)
+
+
+def test_cost_rejects_what_it_cannot_measure():
+    features = np.ones((10, 4))
+    features[7, 2] = np.nan
+    with pytest.raises(ValueError, match="step 7"):
+        dpcache.paper_cost(features)
+    with pytest.raises(ValueError, match="more than 2 steps"):
+        dpcache.paper_cost(np.ones((2, 4)))
+
+
+def recurrence(values: np.ndarray, keys: list[int], step: int, order: int) -> float:
+    """The paper's recurrence, run forwards over the key steps with numbers instead of coefficients."""
+    differences: list[float] = []
+    previous = None
+    for key in keys:
+        current = [float(values[key])]
+        for m in range(1, min(order, len(differences)) + 1):
+            current.append((current[m - 1] - differences[m - 1]) / (key - previous))
+        differences, previous = current, key
+    return sum(d * (step - keys[-1]) ** m / factorial(m) for m, d in enumerate(differences))
+
+
+@given(
+    st.lists(st.integers(0, 40), min_size=1, max_size=8, unique=True),
+    st.integers(1, 12),
+    st.integers(0, 4),
+    st.integers(0, 1000),
+)
+def test_taylor_coefficients_equal_the_recurrence(steps, ahead, order, seed):
+    keys = sorted(steps)
+    values = np.random.default_rng(seed).normal(size=64)
+    coefficients = taylor_coefficients(keys, keys[-1] + ahead, order)
+    assert len(coefficients) == min(order + 1, len(keys))
+    used = values[keys[-len(coefficients) :]]
+    expected = recurrence(values, keys, keys[-1] + ahead, order)
+    assert coefficients @ used == pytest.approx(expected, rel=1e-9, abs=1e-9 * np.abs(coefficients).sum())
+
+
+def test_taylor_coefficients_reject_bad_keys():
+    for keys in ([], [3, 3], [4, 2]):
+        with pytest.raises(ValueError, match="keys"):
+            taylor_coefficients(keys, 9)
+    with pytest.raises(ValueError, match="order"):
+        taylor_coefficients([1, 2], 9, order=-1)
