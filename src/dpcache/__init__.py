@@ -1,7 +1,95 @@
-"""dpcache: diffusion transformers several times faster, without training."""
+"""dpcache: diffusion transformers several times faster, without training.
 
-from .costs import paper_cost
-from .errors import InfeasibleBudgetError
-from .planner import Plan, plan, plan_all
+calibration = dpcache.calibrate(pipe, prompts, num_inference_steps=50)
+schedule = calibration.plan(num_key_steps=13)
+with dpcache.enabled(pipe, schedule):
+    image = pipe(prompt, num_inference_steps=50).images[0]
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .cache import Stats, disable, enable, enabled, stats
+    from .calibration import Calibration, calibrate
+    from .comparison import Comparison, Sample, compare, compare_all
+    from .costs import paper_cost
+    from .errors import (
+        CacheStateError,
+        CalibrationError,
+        DPCacheError,
+        FileFormatError,
+        InfeasibleBudgetError,
+        ScheduleMismatchError,
+        UnsupportedPipelineError,
+    )
+    from .planner import Plan, plan, plan_all
+    from .schedule import Schedule
 
 __version__ = "0.1.0"
+
+# Imported when first asked for: torch and diffusers take seconds, planning and `--help` need neither.
+_HOME = {
+    "CacheStateError": "errors",
+    "Calibration": "calibration",
+    "CalibrationError": "errors",
+    "Comparison": "comparison",
+    "DPCacheError": "errors",
+    "FileFormatError": "errors",
+    "InfeasibleBudgetError": "errors",
+    "Plan": "planner",
+    "Sample": "comparison",
+    "Schedule": "schedule",
+    "ScheduleMismatchError": "errors",
+    "Stats": "cache",
+    "UnsupportedPipelineError": "errors",
+    "calibrate": "calibration",
+    "compare": "comparison",
+    "compare_all": "comparison",
+    "disable": "cache",
+    "enable": "cache",
+    "enabled": "cache",
+    "paper_cost": "costs",
+    "plan": "planner",
+    "plan_all": "planner",
+    "stats": "cache",
+}
+
+__all__ = [  # noqa: RUF022 - in the order of use
+    "calibrate",
+    "Calibration",
+    "Schedule",
+    "enable",
+    "enabled",
+    "disable",
+    "stats",
+    "Stats",
+    "compare",
+    "compare_all",
+    "Comparison",
+    "Sample",
+    "paper_cost",
+    "plan",
+    "plan_all",
+    "Plan",
+    "DPCacheError",
+    "CacheStateError",
+    "CalibrationError",
+    "FileFormatError",
+    "InfeasibleBudgetError",
+    "ScheduleMismatchError",
+    "UnsupportedPipelineError",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

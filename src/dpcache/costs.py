@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .predictors import taylor_coefficients
+from .predictors import backward_differences, taylor_coefficients, taylor_weights
 
 CostTensor = npt.NDArray[np.float64]
 
@@ -80,8 +80,9 @@ def _prediction_errors(truth: torch.Tensor, histories: list[list[int]], order: i
     """Mean absolute errors [histories, steps after their common last key] of predicting `truth` [steps, D]."""
     last_key = histories[0][-1]
     targets = range(last_key + 1, truth.shape[0])
+    weights = taylor_weights([t - last_key for t in targets], order)
     coefficients = torch.as_tensor(
-        np.array([[taylor_coefficients(keys, t, order) for t in targets] for keys in histories]),
+        np.array([weights @ backward_differences(keys, order) for keys in histories]),
         dtype=truth.dtype,
         device=truth.device,
     )  # [histories, targets, order + 1]

@@ -52,9 +52,7 @@ def plan(
     """
     search = _Search(cost, first_key_steps, last_key_steps, max_gap)
     if not 1 <= num_key_steps <= search.steps:
-        raise ValueError(
-            f"num_key_steps must be from 1 to the number of steps ({search.steps}), got {num_key_steps}."
-        )
+        raise ValueError(f"num_key_steps must be from 1 to the number of steps ({search.steps}), got {num_key_steps}.")
     for budget in search.run(num_key_steps):
         if budget == num_key_steps and (found := search.best(budget)) is not None:
             return found
@@ -101,10 +99,8 @@ class _Search:
 
     def _hops(self, table: Array) -> Array:
         """[T, W+1, W+1] hop costs, W the longest hop that is allowed anywhere."""
-        allowed = np.isfinite(table[: self.steps]).any(axis=0)[: self.steps]  # [j, k]
-        j, k = np.nonzero(allowed)
-        ahead = j < k
-        j, k = j[ahead], k[ahead]
+        possible = np.isfinite(table[: self.steps, : self.steps]).any(axis=0)
+        j, k = np.nonzero(np.triu(possible, k=1))
         if self.max_gap is not None:
             ahead = k - j <= self.max_gap
             j, k = j[ahead], k[ahead]
@@ -156,9 +152,10 @@ class _Search:
 
 def _validated(cost: npt.ArrayLike) -> Array:
     table = np.asarray(cost, dtype=np.float64)
-    if table.ndim != 3 or table.shape[1] != table.shape[2] or table.shape[0] not in (table.shape[1], table.shape[1] - 1):
+    size = table.shape[-1] if table.ndim else 0
+    if table.shape not in ((size - 1, size, size), (size, size, size)):
         raise ValueError(f"cost must have shape [T, T+1, T+1] or [T+1, T+1, T+1], got {list(table.shape)}.")
-    if table.shape[1] < 2:
+    if size < 2:
         raise ValueError("cost must cover at least one step.")
     if np.isnan(table).any() or np.isneginf(table).any():
         raise ValueError("cost must hold no NaN and no negative infinity; forbidden hops are +infinity.")

@@ -5,6 +5,7 @@ predict the value at a step that is skipped. The answer depends on step indices 
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from math import factorial
 
 import numpy as np
@@ -13,34 +14,53 @@ import numpy.typing as npt
 Coefficients = npt.NDArray[np.float64]
 
 
-def taylor_coefficients(keys: Sequence[int], step: int, order: int = 2) -> Coefficients:
-    """Coefficients of the Taylor prediction of `step` from backward differences at the key steps.
+def backward_differences(keys: Sequence[int], order: int) -> Coefficients:
+    """Backward differences at the last key step, as combinations of the values at the key steps.
 
-    The differences are D0_j = h_j and Dm_j = (D(m-1)_j - D(m-1)_i) / (j - i), where i is the key step before j, and
-    the prediction is sum over m of Dm_j (step - j)^m / m! (TaylorSeer, arXiv 2503.06923; DPCache, arXiv 2602.22654).
-    The order grows as key steps arrive: n + 1 key steps allow order n.
+    D0_j = h_j and Dm_j = (D(m-1)_j - D(m-1)_i) / (j - i), where i is the key step before j (TaylorSeer, arXiv
+    2503.06923). The order grows as key steps arrive: n + 1 of them allow order n.
 
     Args:
         keys: key steps passed so far, strictly increasing, at least one.
-        step: the step to predict; may be the last key itself.
-        order: highest difference used, 0 or more.
+        order: highest difference, 0 or more.
 
     Returns:
-        float64 array of length min(order + 1, len(keys)): one coefficient for each of the *last* keys, in order.
+        float64 [m, a]: the difference of order m takes so much of the value at the a-th of the *last* min(order + 1,
+        len(keys)) key steps.
 
     Raises:
         ValueError: no keys, keys not strictly increasing, or a negative order.
     """
     if order < 0:
         raise ValueError(f"order must be 0 or more, got {order}.")
-    if not keys or any(b <= a for a, b in zip(keys, keys[1:], strict=False)):
+    if not keys or any(b <= a for a, b in pairwise(keys)):
         raise ValueError(f"keys must be one or more strictly increasing steps, got {list(keys)}.")
     used = list(keys)[-(order + 1) :]
-    # Row a holds the current difference at key a, as a combination of the values at the used keys.
-    difference = np.eye(len(used))
-    gap = np.diff(np.asarray(used, dtype=np.float64))
-    coefficients = difference[-1].copy()
+    gaps = np.diff(np.asarray(used, dtype=np.float64))
+    difference = np.eye(len(used))  # row a: the difference of the current order at key a
+    rows = [difference[-1]]
     for m in range(1, len(used)):
-        difference = (difference[1:] - difference[:-1]) / gap[m - 1 :, None]
-        coefficients += difference[-1] * (step - used[-1]) ** m / factorial(m)
+        difference = (difference[1:] - difference[:-1]) / gaps[m - 1 :, None]
+        rows.append(difference[-1])
+    return np.stack(rows)
+
+
+def taylor_coefficients(keys: Sequence[int], step: int, order: int = 2) -> Coefficients:
+    """Coefficients of the Taylor prediction of `step`: sum over m of Dm_j (step - j)^m / m!, j the last key step.
+
+    Arguments, `step` aside, and errors as `backward_differences` (DPCache, arXiv 2602.22654).
+
+    Returns:
+        float64 array of length min(order + 1, len(keys)): one coefficient for each of the *last* keys, in order.
+    """
+    differences = backward_differences(keys, order)
+    coefficients: Coefficients = taylor_weights([step - keys[-1]], len(differences) - 1)[0] @ differences
     return coefficients
+
+
+def taylor_weights(ahead: Sequence[int], order: int) -> Coefficients:
+    """float64 [steps ahead, m]: what the difference of order m is multiplied by, d^m / m! for d steps ahead."""
+    distance = np.asarray(ahead, dtype=np.float64)[:, None]
+    orders = np.arange(order + 1)
+    weights: Coefficients = distance**orders / np.array([factorial(m) for m in orders])
+    return weights

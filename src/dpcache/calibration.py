@@ -1,0 +1,205 @@
+"""Calibration: full runs on a few inputs become a cost tensor, a file, and schedules."""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import load as load_tensors
+from safetensors.numpy import save_file
+from tqdm.auto import tqdm
+
+from .costs import CostTensor, paper_cost
+from .denoisers import check_boundary, find_denoiser, identify
+from .errors import CalibrationError, FileFormatError
+from .files import MAKERS, read_bytes, write_whole
+from .inputs import Input, call_arguments, seeded
+from .planner import Plan, plan, plan_all
+from .recording import record
+from .schedule import Boundary, ModelIdentity, Schedule
+
+FORMAT = "dpcache.calibration"
+VERSION = "1"
+
+
+class Facts(BaseModel):
+    """What a calibration was measured on."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    num_inference_steps: int = Field(ge=1, description="T: steps of the sampling loop.")
+    boundary: Boundary = Field(description="Where values were read.")
+    order: int = Field(ge=0, description="Order of the Taylor prediction whose errors the cost holds.")
+    model: ModelIdentity = Field(description="The model measured.")
+    pipeline: str = Field(description="Class name of the pipeline.")
+    scheduler: str = Field(description="Class name of the scheduler.")
+    timesteps: tuple[float, ...] = Field(description="The scheduler's grid, T values.")
+    num_inputs: int = Field(ge=1, description="Inputs run.")
+    num_branches: int = Field(ge=1, description="Denoiser calls per step.")
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """The measured cost of predicting instead of computing, for one model and one sampling grid.
+
+    Attributes:
+        cost: float64 [T, T+1, T+1], indexed [i, j, k] (see `dpcache.costs`), mean over inputs and branches.
+        facts: what it was measured on.
+    """
+
+    cost: CostTensor
+    facts: Facts
+
+    def plan(
+        self,
+        num_key_steps: int,
+        *,
+        first_key_steps: int = 3,
+        last_key_steps: int = 0,
+        max_gap: int | None = None,
+    ) -> Schedule:
+        """The best schedule with this many key steps; arguments and errors as `dpcache.plan`."""
+        found = plan(
+            self.cost,
+            num_key_steps,
+            first_key_steps=first_key_steps,
+            last_key_steps=last_key_steps,
+            max_gap=max_gap,
+        )
+        return Schedule.from_key_steps(
+            found.key_steps,
+            self.facts.num_inference_steps,
+            order=self.facts.order,
+            boundary=self.facts.boundary,
+            model=self.facts.model,
+            cost=found.cost,
+            source=f"planned from a calibration on {self.facts.num_inputs} inputs of {self.facts.pipeline}",
+        )
+
+    def plan_all(
+        self, *, first_key_steps: int = 3, last_key_steps: int = 0, max_gap: int | None = None
+    ) -> dict[int, Plan]:
+        """{K: Plan} for every feasible number of key steps: the whole trade-off, without the schedules."""
+        return plan_all(self.cost, first_key_steps=first_key_steps, last_key_steps=last_key_steps, max_gap=max_gap)
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Writes the calibration as safetensors, whole or not at all."""
+        facts = self.facts.model_dump_json()
+        tensors = {"cost": np.ascontiguousarray(self.cost)}
+        metadata = {"format": FORMAT, "version": VERSION, "facts": facts, "digest": _digest(facts, self.cost)}
+        write_whole(path, lambda part: save_file(tensors, part, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> Self:
+        """Reads a calibration written by `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: the file is truncated, edited, of another version, or no calibration.
+        """
+        remedy = f"Make it anew with {MAKERS['calibration']}."
+        data = read_bytes(path, "calibration")
+        try:
+            cost = load_tensors(data).get("cost")
+            with safe_open(path, framework="numpy") as file:
+                metadata = file.metadata() or {}
+        except SafetensorError as error:
+            raise FileFormatError(f"{path} is not a whole safetensors file ({error}). {remedy}") from error
+        if metadata.get("format") != FORMAT or cost is None:
+            raise FileFormatError(f"{path} is not a dpcache calibration. {remedy}")
+        if metadata.get("version") != VERSION:
+            raise FileFormatError(
+                f"{path} is a calibration of format version {metadata.get('version')}; this release reads version "
+                f"{VERSION}. {remedy}"
+            )
+        if metadata.get("digest") != _digest(metadata.get("facts", ""), cost):
+            raise FileFormatError(f"{path} was edited after it was written: its digest does not match. {remedy}")
+        try:
+            facts = Facts.model_validate_json(metadata["facts"])
+        except ValidationError as error:
+            raise FileFormatError(f"{path} is not a valid calibration: {error.errors()[0]['msg']}. {remedy}") from error
+        return cls(cost=cost, facts=facts)
+
+
+def calibrate(
+    pipeline: Any,
+    inputs: Sequence[Input],
+    *,
+    num_inference_steps: int = 50,
+    boundary: Boundary = "blocks",
+    order: int = 2,
+    seed: int = 0,
+    progress: bool = True,
+    **arguments: Any,
+) -> Calibration:
+    """Runs the pipeline in full on a few inputs and measures what predicting each stretch of steps would cost.
+
+    Five inputs are enough and one is nearly enough (DPCache, arXiv 2602.22654). The pipeline is left as it was.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        inputs: prompts, or dicts of arguments of the pipeline's call; each is one call.
+        num_inference_steps: T; schedules planned from the calibration are for this many steps.
+        boundary: what to cache and predict: `"blocks"`, the last transformer block's output, or `"output"`, the
+            denoiser's.
+        order: order of the Taylor prediction.
+        seed: input n gets a generator seeded with `seed + n`, unless it brings its own.
+        progress: show a progress bar.
+        arguments: further arguments of every call; an input's own win.
+
+    Raises:
+        CalibrationError: no inputs, or a value was NaN or infinite (the message names input and step).
+        UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
+        CacheStateError: dpcache is enabled on the pipeline.
+    """
+    defaults = {"num_inference_steps": num_inference_steps, "output_type": "latent", **arguments}
+    calls = call_arguments(inputs, defaults)
+    denoiser = find_denoiser(pipeline)
+    check_boundary(denoiser, boundary)
+    total: CostTensor | None = None
+    branches = 0
+    with tqdm(total=len(calls) * num_inference_steps, desc="calibrate", unit="step", disable=not progress) as bar:
+        for number, call in enumerate(calls):
+            try:
+                run = record(
+                    pipeline,
+                    seeded(pipeline, call, seed + number),
+                    boundary=boundary,
+                    on_step=lambda _: bar.update(),
+                )
+            except CalibrationError as error:
+                raise CalibrationError(f"input {number}: {error}") from error
+            costs = [paper_cost(values, order) for values in run.complete_branches()]
+            if not costs:
+                raise CalibrationError(
+                    f"input {number}: no denoiser call was made at every one of the {run.num_steps} steps, so there is "
+                    "no whole trajectory to measure. Calibrate with guidance on throughout and from the first step."
+                )
+            if total is not None and costs[0].shape != total.shape:
+                raise CalibrationError(
+                    f"input {number} ran {run.num_steps} steps and those before it {total.shape[0]}: give every input "
+                    "the same number of steps."
+                )
+            total = sum(costs, total if total is not None else np.zeros_like(costs[0]))
+            branches += len(costs)
+    assert total is not None
+    facts = Facts(
+        num_inference_steps=run.num_steps,
+        boundary=boundary,
+        order=order,
+        model=identify(denoiser),
+        pipeline=type(pipeline).__name__,
+        scheduler=type(pipeline.scheduler).__name__,
+        timesteps=run.timesteps,
+        num_inputs=len(calls),
+        num_branches=len(costs),
+    )
+    return Calibration(cost=total / branches, facts=facts)
+
+
+def _digest(facts: str, cost: CostTensor) -> str:
+    return hashlib.sha256(facts.encode() + np.ascontiguousarray(cost).tobytes()).hexdigest()

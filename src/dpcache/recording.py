@@ -1,0 +1,116 @@
+"""Records one pipeline call: the value at the boundary at every step, per branch. Changes nothing it watches."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .errors import CalibrationError
+from .schedule import Boundary
+from .watch import Branch, Call, Watch
+
+
+@dataclass
+class RecordedRun:
+    """What one call of a pipeline went through.
+
+    Attributes:
+        num_steps: T, the steps its sampling loop took.
+        timesteps: float64 [T], the scheduler's grid.
+        values: per branch, the value at the boundary at every step it was called, step -> tensor in host memory.
+        output: what the pipeline returned.
+    """
+
+    num_steps: int = 0
+    timesteps: tuple[float, ...] = ()
+    values: dict[Branch, dict[int, torch.Tensor]] = field(default_factory=dict)
+    output: Any = None
+
+    def complete_branches(self) -> list[torch.Tensor]:
+        """[T, ...] for every branch that was called at each of the T steps."""
+        return [
+            torch.stack([steps[t] for t in range(self.num_steps)])
+            for steps in self.values.values()
+            if len(steps) == self.num_steps
+        ]
+
+
+def record(
+    pipeline: Any,
+    arguments: dict[str, Any],
+    *,
+    boundary: Boundary = "blocks",
+    on_step: Callable[[int], object] = lambda step: None,
+) -> RecordedRun:
+    """Calls `pipeline(**arguments)` in full and records the value at the boundary at every step.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        arguments: of its call.
+        boundary: where to read the value.
+        on_step: called with the step's index when a step has ended.
+
+    Raises:
+        CalibrationError: a value is NaN or infinite (the message names the step), or the call ran no sampling loop.
+        UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
+    """
+    recorder = _Recorder(on_step)
+    watch = Watch(pipeline, boundary, recorder)
+    try:
+        with quiet(pipeline):
+            recorder.run.output = pipeline(**arguments)
+    finally:
+        watch.close()
+    run = recorder.run
+    if not run.values:
+        raise CalibrationError(
+            f"{type(pipeline).__name__} was called but its denoiser never ran between the scheduler's set_timesteps "
+            "and step, so there is nothing to record: is the denoiser or scheduler of this pipeline somewhere else?"
+        )
+    run.timesteps = tuple(float(t) for t in watch.scheduler.timesteps)
+    return run
+
+
+class _Recorder:
+    def __init__(self, on_step: Callable[[int], object]) -> None:
+        self.run = RecordedRun()
+        self.on_step = on_step
+
+    def begin(self, num_steps: int) -> None:
+        self.run.num_steps = num_steps
+        self.run.values.clear()
+
+    def call(self, call: Call) -> Any:
+        output, value = call.full()
+        if not bool(torch.isfinite(value).all()):
+            raise CalibrationError(
+                f"the denoiser's value at step {call.step} is NaN or infinite: the model overflows before any caching. "
+                "Load it in torch.bfloat16 or torch.float32, and check that the call works without dpcache."
+            )
+        # A copy even on the CPU: the pipeline may go on to change the tensor.
+        host = value.detach().to("cpu", copy=True)
+        self.run.values.setdefault(call.branch, {})[call.step] = host
+        return output
+
+    def end_step(self, step: int) -> None:
+        self.on_step(step)
+
+    def end(self) -> None:
+        pass
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Keeps the pipeline's own progress bar silent, and leaves its settings as they were."""
+    missing = object()
+    before = vars(pipeline).get("_progress_bar_config", missing)
+    pipeline.set_progress_bar_config(**{**(before if isinstance(before, dict) else {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is missing:
+            del pipeline._progress_bar_config
+        else:
+            pipeline._progress_bar_config = before

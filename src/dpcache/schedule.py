@@ -1,0 +1,204 @@
+"""Schedule: which steps are computed in full, and how every other step is predicted. A validated JSON file."""
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from .errors import FileFormatError
+from .files import MAKERS, read_bytes, write_whole
+from .predictors import taylor_coefficients
+
+Boundary = Literal["blocks", "output"]
+
+FORMAT = "dpcache.schedule"
+VERSION = 1
+
+
+class ModelIdentity(BaseModel):
+    """Which denoiser something was made for."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    denoiser: str = Field(description="Class name of the denoiser, for example FluxTransformer2DModel.")
+    config: str | None = Field(
+        default=None, description="Digest of the denoiser's configuration; None admits every model of the class."
+    )
+
+    def admits(self, other: "ModelIdentity") -> bool:
+        """Whether what was made for this model may be used with the other."""
+        return self.denoiser == other.denoiser and self.config in (None, other.config)
+
+
+class Term(BaseModel):
+    """One cached value's share in a prediction."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    key_step: int = Field(ge=0, description="The key step whose cached value is used.")
+    coefficient: float = Field(description="What it is multiplied by.")
+
+
+class Schedule(BaseModel):
+    """The key steps of a sampling run, and the prediction of every step between them.
+
+    Immutable; made by `Calibration.plan` or `Schedule.from_key_steps`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    num_inference_steps: int = Field(ge=1, description="T: steps of the sampling loop the schedule covers.")
+    key_steps: tuple[int, ...] = Field(description="Steps at which the denoiser runs in full: increasing, first is 0.")
+    boundary: Boundary = Field(
+        description='What is cached and predicted: "blocks", the last transformer block\'s output, or "output", the '
+        "denoiser's."
+    )
+    predictor: str = Field(description='Where the coefficients come from, for example "taylor".')
+    order: int = Field(ge=0, description="Highest order of the prediction: it uses at most order + 1 cached values.")
+    predictions: dict[int, tuple[Term, ...]] = Field(
+        description="For every skipped step, the linear combination of cached values that predicts it."
+    )
+    model: ModelIdentity | None = Field(default=None, description="The model it was made for; None admits any.")
+    cost: float | None = Field(default=None, description="The plan's cost, in the unit of its calibration.")
+    source: str | None = Field(default=None, description="How it came about, for people.")
+
+    @classmethod
+    def from_key_steps(
+        cls,
+        key_steps: Sequence[int],
+        num_inference_steps: int,
+        *,
+        order: int = 2,
+        boundary: Boundary = "blocks",
+        model: ModelIdentity | None = None,
+        cost: float | None = None,
+        source: str | None = None,
+    ) -> Self:
+        """Schedule with Taylor predictions of the given order between key steps of your choice.
+
+        Args:
+            key_steps: increasing, the first is 0.
+            num_inference_steps: T, more than the last key step.
+            order: order of the Taylor prediction; grows from 0 as key steps arrive.
+            boundary: what is cached, `"blocks"` or `"output"`.
+            model: the model it is for; None lets it run on any.
+            cost: kept in the schedule, for people.
+            source: kept in the schedule, for people.
+
+        Raises:
+            ValueError: key steps not increasing from 0, or beyond the last step.
+        """
+        keys = tuple(key_steps)
+        predictions = {}
+        for step in sorted(set(range(num_inference_steps)) - set(keys)):
+            passed = [key for key in keys if key < step]
+            if not passed:
+                break  # the validator says what is wrong with such key steps
+            coefficients = taylor_coefficients(passed, step, order)
+            predictions[step] = tuple(
+                Term(key_step=key, coefficient=float(c))
+                for key, c in zip(passed[-len(coefficients) :], coefficients, strict=True)
+            )
+        return cls(
+            num_inference_steps=num_inference_steps,
+            key_steps=keys,
+            boundary=boundary,
+            predictor="taylor",
+            order=order,
+            predictions=predictions,
+            model=model,
+            cost=cost,
+            source=source,
+        )
+
+    @classmethod
+    def uniform(cls, num_key_steps: int, num_inference_steps: int, *, order: int = 2, **more: Any) -> Self:
+        """Key steps at even intervals (the first step included): the baseline every plan should beat.
+
+        Key n falls on floor(n T / K). `more` goes to `from_key_steps`.
+        """
+        if not 1 <= num_key_steps <= num_inference_steps:
+            raise ValueError(f"num_key_steps must be from 1 to {num_inference_steps}, got {num_key_steps}.")
+        keys = [n * num_inference_steps // num_key_steps for n in range(num_key_steps)]
+        return cls.from_key_steps(keys, num_inference_steps, order=order, source="uniform interval", **more)
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        keys = self.key_steps
+        if not keys or keys[0] != 0 or any(b <= a for a, b in pairwise(keys)):
+            raise ValueError(f"key_steps must increase and start with 0, got {list(keys)}")
+        if keys[-1] >= self.num_inference_steps:
+            raise ValueError(f"key step {keys[-1]} is not one of the {self.num_inference_steps} steps from 0")
+        skipped = set(range(self.num_inference_steps)) - set(keys)
+        if set(self.predictions) != skipped:
+            odd = sorted(skipped ^ set(self.predictions))
+            raise ValueError(f"predictions must cover the skipped steps and no others; see steps {odd}")
+        for step, terms in self.predictions.items():
+            used = [term.key_step for term in terms]
+            if not used or len(used) > self.order + 1 or sorted(set(used)) != used:
+                raise ValueError(f"step {step} must be predicted from 1 to {self.order + 1} different key steps")
+            if not set(used) <= set(keys) or used[-1] >= step:
+                raise ValueError(f"step {step} must be predicted from key steps before it, got {used}")
+        return self
+
+    @property
+    def num_key_steps(self) -> int:
+        """K: number of steps computed in full."""
+        return len(self.key_steps)
+
+    @property
+    def ideal_speedup(self) -> float:
+        """T / K: the speedup if skipped steps cost nothing."""
+        return self.num_inference_steps / len(self.key_steps)
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Writes the schedule as JSON, whole or not at all."""
+        body = self.model_dump(mode="json")
+        document = {"format": FORMAT, "version": VERSION, "digest": _digest(body), **body}
+        text = json.dumps(document, indent=1) + "\n"
+        write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
+
+    @classmethod
+    def load(cls, path: "str | os.PathLike[str]") -> Self:
+        """Reads a schedule written by `save`.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            FileFormatError: the file is truncated, edited, of another version, or no schedule.
+        """
+        remedy = f"Make it anew with {MAKERS['schedule']}."
+        try:
+            document = json.loads(read_bytes(path, "schedule").decode("utf-8"))
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise FileFormatError(f"{path} is not a whole JSON file ({error}). {remedy}") from error
+        if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+            raise FileFormatError(f"{path} is not a dpcache schedule. {remedy}")
+        if (version := document.pop("version", None)) != VERSION:
+            raise FileFormatError(
+                f"{path} is a schedule of format version {version}; this release reads version {VERSION}. {remedy}"
+            )
+        digest = document.pop("digest", None)
+        try:
+            schedule = cls.model_validate(document)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(str(part) for part in first["loc"]) or "schedule"
+            raise FileFormatError(f"{path} is not a valid schedule: {where}: {first['msg']}. {remedy}") from error
+        if digest != _digest(schedule.model_dump(mode="json")):
+            raise FileFormatError(
+                f"{path} was edited after it was written: its digest does not match. {remedy} "
+                "For key steps of your own use `Schedule.from_key_steps`."
+            )
+        return schedule
+
+    def __str__(self) -> str:
+        steps = ", ".join(str(step) for step in self.key_steps)
+        return f"{len(self.key_steps)} of {self.num_inference_steps} steps in full ({steps})"
+
+
+def _digest(body: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
