@@ -51,11 +51,7 @@ def enable(pipeline: Any, schedule: Schedule) -> None:
         ScheduleMismatchError: the schedule was made for another model.
         UnsupportedPipelineError: the pipeline cannot be followed, or not at the schedule's boundary.
     """
-    if pipeline in _enabled:
-        raise CacheStateError(
-            "dpcache is enabled on this pipeline already: call dpcache.disable(pipe) first, or use "
-            "`with dpcache.enabled(pipe, schedule):`."
-        )
+    require_disabled(pipeline)
     cache = _Cache(schedule)
     identity = identify(find_denoiser(pipeline))
     if schedule.model is not None and not schedule.model.admits(identity):
@@ -89,6 +85,15 @@ def enabled(pipeline: Any, schedule: Schedule) -> Iterator[Any]:
         yield pipeline
     finally:
         disable(pipeline)
+
+
+def require_disabled(pipeline: Any) -> None:
+    """Raises CacheStateError where a full run is wanted but dpcache is enabled."""
+    if pipeline in _enabled:
+        raise CacheStateError(
+            "dpcache is enabled on this pipeline already: call dpcache.disable(pipe) first, or use "
+            "`with dpcache.enabled(pipe, schedule):`."
+        )
 
 
 def stats(pipeline: Any) -> Stats:

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from tqdm.auto import tqdm
 
-from .cache import enabled
+from .cache import enabled, require_disabled
 from .denoisers import find_blocks, find_denoiser
 from .errors import UnsupportedPipelineError
 from .inputs import Input, call_arguments, label, seeded
@@ -133,6 +133,7 @@ def compare_all(
     if len(first_seed) != len(calls):
         raise ValueError(f"give one seed per input: {len(calls)} inputs but {len(first_seed)} seeds.")
 
+    require_disabled(pipeline)
     full = _Side(pipeline, None)
     cached = [_Side(pipeline, schedule) for schedule in schedules]
     full.run(calls[0], first_seed[0])  # the first call pays for what is set up once

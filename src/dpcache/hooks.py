@@ -7,6 +7,8 @@ from typing import Any
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
+Listener = Callable[[Any], Any]
+
 _CREATED = "_dpcache_created_registry"
 
 
@@ -22,7 +24,15 @@ def attach(module: nn.Module, hook: ModelHook, name: str) -> None:
 def detach(module: nn.Module, name: str) -> None:
     """Removes a hook put there by `attach`, and what registering it left on the module."""
     registry: Any = module._diffusers_hook
+    names = list(registry.hooks)
+    above = registry.hooks[names[names.index(name) + 1]].fn_ref if names[-1] != name else None
+    replaces = above is not None and above.original_forward is not None
+    forward = above.forward if above else None
     registry.remove_hook(name, recurse=False)
+    if replaces:
+        # remove_hook connects the hook above to what lay below by its `forward`; a hook with a `new_forward` of its own
+        # would lose that, and finds what lies below in `original_forward`.
+        above.original_forward, above.forward = above.forward, forward
     if registry.hooks:
         return
     forward = vars(module).get("forward")
@@ -33,18 +43,18 @@ def detach(module: nn.Module, name: str) -> None:
 
 
 class MethodTap:
-    """Tells listeners about every call of one object's method, by a wrapper on the instance.
+    """Passes the result of one object's method through listeners, by a wrapper on the instance.
 
     Pipelines that share a scheduler share the wrapper: it is put there for the first listener, removed with the last.
     """
 
     def __init__(self, owner: Any, method: str) -> None:
         self.owner, self.method = owner, method
-        self.listeners: list[Callable[..., None]] = []
+        self.listeners: list[Listener] = []
 
     @classmethod
-    def listen(cls, owner: Any, method: str, listener: Callable[..., None]) -> "MethodTap":
-        """Calls `listener(result, *args, **kwargs)` after every successful call of `owner.method`."""
+    def listen(cls, owner: Any, method: str, listener: Listener) -> "MethodTap":
+        """Calls `listener(result)` after every successful call of `owner.method`, which returns what that returns."""
         tap = getattr(vars(owner).get(method), "_dpcache_tap", None)
         if tap is None:
             tap = cls(owner, method)
@@ -60,7 +70,7 @@ class MethodTap:
         def wrapper(*args: Any, **kwargs: Any) -> Any:
             result = original(*args, **kwargs)
             for listener in tuple(self.listeners):
-                listener(result, *args, **kwargs)
+                result = listener(result)
             return result
 
         self._had_own = self.method in vars(self.owner)
@@ -68,7 +78,7 @@ class MethodTap:
         wrapper._dpcache_tap = self  # type: ignore[attr-defined]
         setattr(self.owner, self.method, wrapper)
 
-    def leave(self, listener: Callable[..., None]) -> None:
+    def leave(self, listener: Listener) -> None:
         """Stops telling this listener; the last one takes the wrapper with it."""
         self.listeners.remove(listener)
         current = vars(self.owner).get(self.method)

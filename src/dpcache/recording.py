@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from .cache import require_disabled
 from .errors import CalibrationError
 from .schedule import Boundary
 from .watch import Branch, Call, Watch
@@ -54,8 +55,10 @@ def record(
 
     Raises:
         CalibrationError: a value is NaN or infinite (the message names the step), or the call ran no sampling loop.
+        CacheStateError: dpcache is enabled on the pipeline.
         UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
     """
+    require_disabled(pipeline)
     recorder = _Recorder(on_step)
     watch = Watch(pipeline, boundary, recorder)
     try:

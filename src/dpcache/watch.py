@@ -79,7 +79,6 @@ class Watch:
         self._name = f"dpcache-{next(_numbers)}"
         self._step: int | None = None
         self._num_steps = 0
-        self._thread = 0
         self._calls: dict[str, int] = {}
         self._contexts: list[str] = []
         self._warned = False
@@ -91,11 +90,13 @@ class Watch:
         self._listening = [
             (MethodTap.listen(self.scheduler, "set_timesteps", self._began), self._began),
             (MethodTap.listen(self.scheduler, "step", self._stepped), self._stepped),
+            (MethodTap.listen(pipeline, "progress_bar", self._follow_bar), self._follow_bar),
         ]
         self._restore_context = self._follow_cache_context()
 
     def close(self) -> None:
         """Takes every hook and wrapper off again."""
+        _running.remove(self)
         self._restore_context()
         for tap, listener in self._listening:
             tap.leave(listener)
@@ -105,7 +106,7 @@ class Watch:
 
     def on_call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A denoiser call, inside a generation of this pipeline or not."""
-        if self._step is None or self._thread != threading.get_ident():
+        if self._step is None or not _running.is_latest(self):
             self._check_scheduler()
             return forward(*args, **kwargs)
         name = self._contexts[-1] if self._contexts else ""
@@ -114,24 +115,35 @@ class Watch:
         call = Call(self._step, (name, number), _input_shape(args, kwargs), self._tap, lambda: forward(*args, **kwargs))
         return self.observer.call(call)
 
-    def _began(self, _: Any, *args: Any, **kwargs: Any) -> None:
-        self._num_steps = len(self.scheduler.timesteps)
+    def _began(self, result: Any) -> Any:
         self._step = None
-        self._thread = threading.get_ident()
+        self._num_steps = len(self.scheduler.timesteps)
         self._calls.clear()
         self._contexts.clear()
         self.observer.begin(self._num_steps)
         self._step = 0
+        _running.add(self)
+        return result
 
-    def _stepped(self, _: Any, *args: Any, **kwargs: Any) -> None:
-        if self._step is None or self._thread != threading.get_ident():
-            return
-        self.observer.end_step(self._step)
-        self._step += 1
-        self._calls.clear()
-        if self._step == self._num_steps:
+    def _stepped(self, result: Any) -> Any:
+        if self._step is not None and _running.is_latest(self):
+            self.observer.end_step(self._step)
+            self._step += 1
+            self._calls.clear()
+            if self._step == self._num_steps:
+                self._ended()
+        return result
+
+    def _ended(self) -> None:
+        """The loop is over: its last step taken, or left by an exception or an interrupt."""
+        if self._step is not None:
             self._step = None
+            _running.remove(self)
             self.observer.end()
+
+    def _follow_bar(self, bar: Any) -> Any:
+        """Pipelines run their loop under a progress bar, which is closed however the loop ends."""
+        return _Bar(bar, self._ended)
 
     def _check_scheduler(self) -> None:
         pipeline = self._pipeline()
@@ -169,6 +181,54 @@ class Watch:
                 self.denoiser.cache_context = own
 
         return restore
+
+
+class _Running(threading.local):
+    """Which watches are inside a generation in this thread, by denoiser, the latest last.
+
+    Pipelines may share a denoiser, and one may run inside a callback of another: its calls belong to the latest.
+    """
+
+    def __init__(self) -> None:
+        self._stacks: weakref.WeakKeyDictionary[nn.Module, list[weakref.ref[Watch]]] = weakref.WeakKeyDictionary()
+
+    def add(self, watch: Watch) -> None:
+        self.remove(watch)
+        self._stacks.setdefault(watch.denoiser, []).append(weakref.ref(watch))
+
+    def remove(self, watch: Watch) -> None:
+        stack = self._stacks.get(watch.denoiser, [])
+        stack[:] = [ref for ref in stack if ref() not in (watch, None)]
+
+    def is_latest(self, watch: Watch) -> bool:
+        stack = self._stacks.get(watch.denoiser)
+        return bool(stack) and stack[-1]() is watch
+
+
+_running = _Running()
+
+
+class _Bar:
+    """A progress bar that says when the loop under it has ended."""
+
+    def __init__(self, bar: Any, ended: Callable[[], None]) -> None:
+        self._bar, self._ended = bar, ended
+
+    def __enter__(self) -> Any:
+        return self._bar.__enter__()
+
+    def __exit__(self, *error: Any) -> Any:
+        self._ended()
+        return self._bar.__exit__(*error)
+
+    def __iter__(self) -> Iterator[Any]:
+        try:
+            yield from self._bar
+        finally:
+            self._ended()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._bar, name)
 
 
 class _DenoiserHook(ModelHook):  # type: ignore[misc]

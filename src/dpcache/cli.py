@@ -1,0 +1,276 @@
+"""The command line: parses, calls, prints."""
+
+import json
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from .errors import DPCacheError
+
+app = typer.Typer(
+    help="Diffusion transformers several times faster, without training: plan the key steps, predict the rest.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+out = Console()
+err = Console(stderr=True)
+
+Model = Annotated[str, typer.Argument(help="A bundled model (tiny-flux), a diffusers directory, or a hub id.")]
+Prompts = Annotated[list[str] | None, typer.Argument(help="Prompts. Bundled models bring some of their own.")]
+PromptFile = Annotated[Path | None, typer.Option("--prompts", help="A file with one prompt per line.")]
+Settings = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Further argument of the pipeline's call; may be repeated."),
+]
+Steps = Annotated[int, typer.Option("--steps", "-t", min=1, help="T: steps of the sampling loop.")]
+Seed = Annotated[int, typer.Option(help="Seed of the first input; the next ones count on.")]
+Output = Annotated[Path, typer.Option("--output", "-o", help="What to write.")]
+
+
+@app.callback(invoke_without_command=True)
+def options(
+    context: typer.Context,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
+) -> None:
+    context.obj = debug
+    if version:
+        from . import __version__
+
+        out.print(f"dpcache {__version__}")
+        raise typer.Exit
+
+
+@app.command(epilog="Example: `dpcache demo -o my-demo`")
+def demo(
+    model: Annotated[str, typer.Option(help="A bundled model.")] = "tiny-flux",
+    output: Output = Path("dpcache-demo"),
+    inputs: Annotated[int, typer.Option(min=1, help="How many held-out inputs to draw.")] = 8,
+) -> None:
+    """Calibrates a bundled model, plans, draws held-out inputs in full and cached, and writes a report."""
+    from .demo import run_demo
+
+    comparisons, report = run_demo(model, output, inputs, say=out.print)
+    _print_comparisons(comparisons)
+    out.print(f"open {report} in a browser")
+
+
+@app.command(epilog='Example: `dpcache calibrate tiny-flux "a small red ring" "a big blue star" -o flux.safetensors`')
+def calibrate(
+    model: Model,
+    prompts: Prompts = None,
+    output: Output = Path("calibration.safetensors"),
+    prompt_file: PromptFile = None,
+    steps: Steps = 50,
+    boundary: Annotated[Literal["blocks", "output"], typer.Option(help="What is cached and predicted.")] = "blocks",
+    order: Annotated[int, typer.Option(min=0, help="Order of the Taylor prediction.")] = 2,
+    seed: Seed = 0,
+    settings: Settings = None,
+) -> None:
+    """Runs a model in full on a few prompts and writes what skipping steps would cost. Five prompts are enough."""
+    from .calibration import calibrate as run
+
+    inputs = _inputs(model, prompts, prompt_file, held_out=0, count=5)
+    pipeline, arguments = _load(model, settings)
+    found = run(pipeline, inputs, num_inference_steps=steps, boundary=boundary, order=order, seed=seed, **arguments)
+    found.save(output)
+    out.print(f"wrote {output}: {found.facts.num_inputs} inputs, {found.facts.num_inference_steps} steps")
+    out.print(f"next: dpcache plan {output} -k 13 -o schedule.json")
+
+
+@app.command(epilog="Example: `dpcache plan flux.safetensors -k 13 -o flux-13.json`")
+def plan(
+    calibration: Annotated[Path, typer.Argument(help="A calibration file.")],
+    num_key_steps: Annotated[int, typer.Option("--key-steps", "-k", help="K: steps to compute in full.")],
+    output: Output = Path("schedule.json"),
+    first: Annotated[int, typer.Option("--first", help="So many first steps are key steps.")] = 3,
+    last: Annotated[int, typer.Option("--last", help="So many last steps are key steps.")] = 0,
+    max_gap: Annotated[int | None, typer.Option(help="Longest way from a key step to the next.")] = None,
+) -> None:
+    """Finds the best key steps for a budget and writes the schedule."""
+    from .calibration import Calibration
+
+    schedule = Calibration.load(calibration).plan(
+        num_key_steps, first_key_steps=first, last_key_steps=last, max_gap=max_gap
+    )
+    schedule.save(output)
+    out.print(f"wrote {output}: {schedule}, cost {schedule.cost:.4g}, up to {schedule.ideal_speedup:.2f}x faster")
+
+
+@app.command(epilog='Example: `dpcache generate tiny-flux "a small red ring" --schedule flux-13.json -o ring.png`')
+def generate(
+    model: Model,
+    prompts: Prompts = None,
+    schedule: Annotated[Path | None, typer.Option("--schedule", "-s", help="A schedule; none: in full.")] = None,
+    output: Output = Path("image.png"),
+    prompt_file: PromptFile = None,
+    steps: Annotated[int | None, typer.Option("--steps", "-t", min=1, help="Steps; the schedule's, or 50.")] = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+) -> None:
+    """Draws prompts, in full or with a schedule. Several pictures are numbered: image-0.png, image-1.png, ..."""
+    from .demo import save_picture
+    from .inputs import call_arguments, seeded
+    from .schedule import Schedule
+
+    followed = Schedule.load(schedule) if schedule else None
+    inputs = _inputs(model, prompts, prompt_file, held_out=1, count=1)
+    pipeline, arguments = _load(model, settings)
+    arguments["num_inference_steps"] = steps or (followed.num_inference_steps if followed else 50)
+    if followed is not None:
+        from .cache import enable
+
+        enable(pipeline, followed)
+    for number, call in enumerate(call_arguments(inputs, {"output_type": "np", **arguments})):
+        start = time.perf_counter()
+        pictures = pipeline(**seeded(pipeline, call, seed + number))[0]
+        seconds = time.perf_counter() - start
+        for index, picture in enumerate(pictures):
+            many = len(inputs) * len(pictures) > 1
+            path = output.with_stem(f"{output.stem}-{number * len(pictures) + index}") if many else output
+            save_picture(path, picture)
+            out.print(f"wrote {path} ({seconds:.2f} s)")
+
+
+@app.command(epilog="Example: `dpcache compare tiny-flux --schedule flux-13.json --schedule flux-9.json`")
+def compare(
+    model: Model,
+    prompts: Prompts = None,
+    *,
+    schedule: Annotated[list[Path], typer.Option("--schedule", "-s", help="A schedule; may be repeated.")],
+    prompt_file: PromptFile = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out inputs of a bundled model, where none are given.")] = 8,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+) -> None:
+    """Draws prompts in full and with each schedule, from the same noise, and prints how they differ."""
+    from .comparison import compare_all
+    from .schedule import Schedule
+
+    schedules = [Schedule.load(path) for path in schedule]
+    inputs = _inputs(model, prompts, prompt_file, held_out=1, count=count)
+    pipeline, arguments = _load(model, settings)
+    comparisons = compare_all(pipeline, schedules, inputs, seeds=seed, **arguments)
+    _print_comparisons(comparisons)
+    if report is not None:
+        from .report import write_report
+
+        write_report(report, title=f"dpcache on {model}", model=model, comparisons=comparisons)
+        out.print(f"wrote {report}")
+
+
+@app.command(epilog="Example: `dpcache show flux.safetensors` or `dpcache show flux-13.json`")
+def show(file: Annotated[Path, typer.Argument(help="A calibration or schedule file.")]) -> None:
+    """Prints what a calibration or schedule file holds."""
+    if file.suffix == ".json":
+        from .schedule import Schedule
+
+        _show_schedule(Schedule.load(file))
+    else:
+        from .calibration import Calibration
+
+        _show_calibration(Calibration.load(file))
+
+
+def _show_schedule(schedule: Any) -> None:
+    keys = set(schedule.key_steps)
+    out.print(f"schedule: {schedule}", highlight=False)
+    out.print("".join("█" if t in keys else "·" for t in range(schedule.num_inference_steps)), highlight=False)
+    table = Table(show_header=False, box=None)
+    model = schedule.model
+    for name, value in (
+        ("speedup", f"at most {schedule.ideal_speedup:.2f}x"),
+        ("boundary", schedule.boundary),
+        ("predictor", f"{schedule.predictor}, order {schedule.order}"),
+        ("model", f"{model.denoiser}, configuration {model.config or 'any'}" if model else "any"),
+        ("cost", "not known" if schedule.cost is None else f"{schedule.cost:.6g}"),
+        ("source", schedule.source or "not known"),
+    ):
+        table.add_row(name, escape(str(value)))
+    out.print(table)
+
+
+def _show_calibration(calibration: Any) -> None:
+    facts = calibration.facts
+    table = Table(show_header=False, box=None)
+    for name, value in facts.model_dump(exclude={"timesteps", "model"}).items():
+        table.add_row(name.replace("_", " "), str(value))
+    table.add_row("model", f"{facts.model.denoiser}, configuration {facts.model.config}")
+    out.print(table)
+    plans = Table("K", "T/K", "cost", "key steps", title="best plans (first 3 steps forced)")
+    for budget, found in calibration.plan_all().items():
+        if found.cost > 0 and budget <= facts.num_inference_steps // 2:
+            speedup = f"{facts.num_inference_steps / budget:.2f}"
+            plans.add_row(str(budget), speedup, f"{found.cost:.4g}", " ".join(map(str, found.key_steps)))
+    out.print(plans)
+
+
+def _print_comparisons(comparisons: Any) -> None:
+    table = Table("key steps", "blocks run", "speedup", "T/K", "PSNR mean", "5th pct", "worst", "SSIM mean")
+    for c in comparisons:
+        blocks = f"{c.cached_block_runs} of {c.full_block_runs}" if c.full_block_runs else "not known"
+        decibels = [f"{value:.1f} dB" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
+        table.add_row(
+            f"{c.schedule.num_key_steps} of {c.schedule.num_inference_steps}",
+            blocks,
+            f"{c.speedup:.2f}x",
+            f"{c.schedule.ideal_speedup:.2f}",
+            *decibels,
+            f"{c.ssim_mean:.4f}",
+        )
+    out.print(table)
+
+
+def _inputs(model: str, prompts: list[str] | None, file: Path | None, *, held_out: int, count: int) -> list[Any]:
+    """Prompts from the command line, a file, or the bundled model's own."""
+    from .zoo import BUNDLED
+
+    given = list(prompts or [])
+    if file is not None:
+        given += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if given:
+        return given
+    if model not in BUNDLED:
+        raise typer.BadParameter("give prompts, or a file of them with --prompts: only bundled models bring their own.")
+    bundled = BUNDLED[model]
+    return list(bundled.held_out_inputs(count) if held_out else bundled.calibration_inputs(count))
+
+
+def _load(model: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
+    """The pipeline, and the arguments of its calls: a bundled model's own, then those of --set."""
+    from .zoo import BUNDLED, load_pipeline
+
+    arguments = dict(BUNDLED[model].call_arguments) if model in BUNDLED else {}
+    for setting in settings or []:
+        name, equals, text = setting.partition("=")
+        if not equals or not name.isidentifier():
+            raise typer.BadParameter(f"{setting!r} is not NAME=VALUE, for example guidance_scale=3.5.")
+        try:
+            arguments[name] = json.loads(text)
+        except json.JSONDecodeError:
+            arguments[name] = text  # a word, not a number
+    return load_pipeline(model), arguments
+
+
+def main() -> None:
+    """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    try:
+        app()
+    except (DPCacheError, OSError, ValueError) as error:
+        if "--debug" in sys.argv:
+            traceback.print_exc()
+        err.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt:
+        err.print("interrupted")
+        raise SystemExit(130) from None

@@ -1,0 +1,71 @@
+"""The main job on a bundled model, end to end: calibrate, plan, draw in full and cached, report."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from .calibration import calibrate
+from .comparison import Comparison, compare_all
+from .files import write_whole
+from .metrics import Picture
+from .report import write_report
+from .zoo import BUNDLED, load_pipeline
+
+STEPS = 50
+CALIBRATION_INPUTS = 5
+KEY_STEPS = (13, 9)
+
+
+def run_demo(
+    model: str, folder: Path, num_inputs: int, say: Callable[[str], object] = print
+) -> tuple[list[Comparison], Path]:
+    """Calibrates, plans, compares; writes calibration, schedules, pictures and `report.html` into the folder.
+
+    Returns:
+        one Comparison per number of key steps, and the report's path.
+
+    Raises:
+        ValueError: not a bundled model.
+    """
+    if model not in BUNDLED:
+        raise ValueError(f"{model} is not a bundled model; the demo runs on: {', '.join(BUNDLED)}.")
+    bundled = BUNDLED[model]
+    pipeline = load_pipeline(model)
+    say(f"calibrating {model} on {CALIBRATION_INPUTS} inputs, {STEPS} steps each")
+    calibration = calibrate(
+        pipeline, bundled.calibration_inputs(CALIBRATION_INPUTS), num_inference_steps=STEPS, **bundled.call_arguments
+    )
+    calibration.save(folder / "calibration.safetensors")
+    schedules = [calibration.plan(budget) for budget in KEY_STEPS]
+    for schedule in schedules:
+        say(f"planned {schedule}")
+        schedule.save(folder / f"schedule-{schedule.num_key_steps}.json")
+    say(f"drawing {num_inputs} held-out inputs in full and with {len(schedules)} schedules")
+    comparisons = compare_all(
+        pipeline, schedules, bundled.held_out_inputs(num_inputs), seeds=1000, **bundled.call_arguments
+    )
+    for number, sample in enumerate(comparisons[0].samples):
+        save_picture(folder / f"{number:02d}-full.png", sample.full)
+    for comparison in comparisons:
+        for number, sample in enumerate(comparison.samples):
+            save_picture(folder / f"{number:02d}-{comparison.schedule.num_key_steps}-key-steps.png", sample.cached)
+    report = write_report(
+        folder / "report.html",
+        title=f"dpcache on {model}",
+        model=model,
+        calibration=calibration,
+        comparisons=comparisons,
+        plans=calibration.plan_all(),
+    )
+    return comparisons, report
+
+
+def save_picture(path: Path, picture: Picture) -> None:
+    """Writes a float picture [H, W, C] as PNG, or a clip [F, H, W, C] as an animated one."""
+    from PIL import Image
+
+    pixels = (picture * 255).round().clip(0, 255).astype(np.uint8)
+    first, *others = [Image.fromarray(frame) for frame in (pixels if pixels.ndim == 4 else pixels[None])]
+    options = {"save_all": True, "append_images": others, "duration": 125, "loop": 0} if others else {}
+    write_whole(path, lambda part: first.save(part, format="PNG", **options))
