@@ -7,7 +7,7 @@ from typing import Any
 from diffusers.hooks import HookRegistry, ModelHook
 from torch import nn
 
-Listener = Callable[[Any], Any]
+Listener = Callable[..., Any]
 
 _CREATED = "_dpcache_created_registry"
 
@@ -25,66 +25,61 @@ def detach(module: nn.Module, name: str) -> None:
     """Removes a hook put there by `attach`, and what registering it left on the module."""
     registry: Any = module._diffusers_hook
     names = list(registry.hooks)
-    above = registry.hooks[names[names.index(name) + 1]].fn_ref if names[-1] != name else None
-    replaces = above is not None and above.original_forward is not None
-    forward = above.forward if above else None
+    above = [registry.hooks[other].fn_ref for other in names[names.index(name) + 1 :][:1]]
+    forwards = [reference.forward for reference in above]
     registry.remove_hook(name, recurse=False)
-    if replaces:
+    for reference, forward in zip(above, forwards, strict=True):
         # remove_hook connects the hook above to what lay below by its `forward`; a hook with a `new_forward` of its own
         # would lose that, and finds what lies below in `original_forward`.
-        above.original_forward, above.forward = above.forward, forward
+        if reference.original_forward is not None:
+            reference.original_forward, reference.forward = reference.forward, forward
     if registry.hooks:
         return
-    forward = vars(module).get("forward")
-    if getattr(forward, "__func__", None) is type(module).forward:
+    own = vars(module).get("forward")
+    if getattr(own, "__func__", None) is type(module).forward:
         del module.forward
     if getattr(registry, _CREATED, False):
         del module._diffusers_hook
 
 
-class MethodTap:
-    """Passes the result of one object's method through listeners, by a wrapper on the instance.
+def listen(owner: Any, method: str, listener: Listener) -> Callable[[], None]:
+    """Passes the result of one object's method through `listener`, by a wrapper on the instance.
 
-    Pipelines that share a scheduler share the wrapper: it is put there for the first listener, removed with the last.
+    After every successful call of `owner.method` the caller gets `listener(result, *args, **kwargs)`. Listeners to one
+    method (pipelines may share a scheduler) share the wrapper: it comes with the first and goes with the last.
+
+    Returns:
+        a function that ends the listening.
     """
+    tap = getattr(vars(owner).get(method), "_dpcache_tap", None) or _Tap(owner, method)
+    tap.listeners.append(listener)
+    return lambda: tap.leave(listener)
 
+
+class _Tap:
     def __init__(self, owner: Any, method: str) -> None:
         self.owner, self.method = owner, method
         self.listeners: list[Listener] = []
-
-    @classmethod
-    def listen(cls, owner: Any, method: str, listener: Listener) -> "MethodTap":
-        """Calls `listener(result)` after every successful call of `owner.method`, which returns what that returns."""
-        tap = getattr(vars(owner).get(method), "_dpcache_tap", None)
-        if tap is None:
-            tap = cls(owner, method)
-            tap._install()
-        tap.listeners.append(listener)
-        return tap
-
-    def _install(self) -> None:
-        original = getattr(self.owner, self.method)
+        self.original = getattr(owner, method)
+        self.had_own = method in vars(owner)
 
         # `wraps` keeps the signature visible: pipelines inspect that of `set_timesteps`.
-        @functools.wraps(original)
+        @functools.wraps(self.original)
         def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = original(*args, **kwargs)
+            result = self.original(*args, **kwargs)
             for listener in tuple(self.listeners):
-                result = listener(result)
+                result = listener(result, *args, **kwargs)
             return result
 
-        self._had_own = self.method in vars(self.owner)
-        self._original = original
         wrapper._dpcache_tap = self  # type: ignore[attr-defined]
-        setattr(self.owner, self.method, wrapper)
+        setattr(owner, method, wrapper)
 
     def leave(self, listener: Listener) -> None:
-        """Stops telling this listener; the last one takes the wrapper with it."""
         self.listeners.remove(listener)
         current = vars(self.owner).get(self.method)
-        # Where somebody wrapped the method after us, ours must stay underneath; it tells nobody any more.
+        # Where somebody wrapped the method after us, ours must stay underneath; it has no listeners any more.
         if not self.listeners and getattr(current, "_dpcache_tap", None) is self:
-            if self._had_own:
-                setattr(self.owner, self.method, self._original)
+            if self.had_own:
+                setattr(self.owner, self.method, self.original)
             else:
                 delattr(self.owner, self.method)

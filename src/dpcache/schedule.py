@@ -93,11 +93,10 @@ class Schedule(BaseModel):
             ValueError: key steps not increasing from 0, or beyond the last step.
         """
         keys = tuple(key_steps)
+        _check_key_steps(keys, num_inference_steps)
         predictions = {}
         for step in sorted(set(range(num_inference_steps)) - set(keys)):
             passed = [key for key in keys if key < step]
-            if not passed:
-                break  # the validator says what is wrong with such key steps
             coefficients = taylor_coefficients(passed, step, order)
             predictions[step] = tuple(
                 Term(key_step=key, coefficient=float(c))
@@ -129,10 +128,7 @@ class Schedule(BaseModel):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         keys = self.key_steps
-        if not keys or keys[0] != 0 or any(b <= a for a, b in pairwise(keys)):
-            raise ValueError(f"key_steps must increase and start with 0, got {list(keys)}")
-        if keys[-1] >= self.num_inference_steps:
-            raise ValueError(f"key step {keys[-1]} is not one of the {self.num_inference_steps} steps from 0")
+        _check_key_steps(keys, self.num_inference_steps)
         skipped = set(range(self.num_inference_steps)) - set(keys)
         if set(self.predictions) != skipped:
             odd = sorted(skipped ^ set(self.predictions))
@@ -198,6 +194,13 @@ class Schedule(BaseModel):
     def __str__(self) -> str:
         steps = ", ".join(str(step) for step in self.key_steps)
         return f"{len(self.key_steps)} of {self.num_inference_steps} steps in full ({steps})"
+
+
+def _check_key_steps(keys: tuple[int, ...], num_steps: int) -> None:
+    if not keys or keys[0] != 0 or any(b <= a for a, b in pairwise(keys)):
+        raise ValueError(f"key_steps must increase and start with 0, got {list(keys)}")
+    if keys[-1] >= num_steps:
+        raise ValueError(f"key step {keys[-1]} is not one of the {num_steps} steps from 0")
 
 
 def _digest(body: dict[str, Any]) -> str:

@@ -18,7 +18,7 @@ from diffusers.hooks import ModelHook
 from torch import nn
 
 from .denoisers import Block, find_blocks, find_denoiser
-from .hooks import MethodTap, attach, detach
+from .hooks import attach, detach, listen
 from .schedule import Boundary
 
 #: A branch within a step: the name of the cache context it ran in (if any), and its number among the calls so named.
@@ -87,19 +87,19 @@ class Watch:
         attach(self.denoiser, _DenoiserHook(self), self._name)
         for block, hook in self._tap.hooks():
             attach(block.module, hook, self._name)
-        self._listening = [
-            (MethodTap.listen(self.scheduler, "set_timesteps", self._began), self._began),
-            (MethodTap.listen(self.scheduler, "step", self._stepped), self._stepped),
-            (MethodTap.listen(pipeline, "progress_bar", self._follow_bar), self._follow_bar),
+        self._taps = [
+            listen(self.scheduler, "set_timesteps", self._began),
+            listen(self.scheduler, "step", self._stepped),
+            listen(pipeline, "progress_bar", self._follow_bar),
         ]
-        self._restore_context = self._follow_cache_context()
+        if hasattr(self.denoiser, "cache_context"):
+            self._taps.append(listen(self.denoiser, "cache_context", self._in_context))
 
     def close(self) -> None:
         """Takes every hook and wrapper off again."""
         _running.remove(self)
-        self._restore_context()
-        for tap, listener in self._listening:
-            tap.leave(listener)
+        for leave in self._taps:
+            leave()
         for block, _ in self._tap.hooks():
             detach(block.module, self._name)
         detach(self.denoiser, self._name)
@@ -115,7 +115,7 @@ class Watch:
         call = Call(self._step, (name, number), _input_shape(args, kwargs), self._tap, lambda: forward(*args, **kwargs))
         return self.observer.call(call)
 
-    def _began(self, result: Any) -> Any:
+    def _began(self, result: Any, *_: Any, **__: Any) -> Any:
         self._step = None
         self._num_steps = len(self.scheduler.timesteps)
         self._calls.clear()
@@ -125,7 +125,7 @@ class Watch:
         _running.add(self)
         return result
 
-    def _stepped(self, result: Any) -> Any:
+    def _stepped(self, result: Any, *_: Any, **__: Any) -> Any:
         if self._step is not None and _running.is_latest(self):
             self.observer.end_step(self._step)
             self._step += 1
@@ -141,7 +141,7 @@ class Watch:
             _running.remove(self)
             self.observer.end()
 
-    def _follow_bar(self, bar: Any) -> Any:
+    def _follow_bar(self, bar: Any, *_: Any, **__: Any) -> Any:
         """Pipelines run their loop under a progress bar, which is closed however the loop ends."""
         return _Bar(bar, self._ended)
 
@@ -155,32 +155,20 @@ class Watch:
                 stacklevel=4,
             )
 
-    def _follow_cache_context(self) -> Callable[[], None]:
-        """Notes the names of the contexts that pipelines open around denoiser calls; returns how to undo it."""
-        original = getattr(self.denoiser, "cache_context", None)
-        if original is None:
-            return lambda: None
-        own = vars(self.denoiser).get("cache_context")
+    def _in_context(self, context: Any, name: str, *_: Any, **__: Any) -> Any:
+        """Notes the name of a context that the pipeline opens around a denoiser call."""
 
         @contextmanager
-        def cache_context(name: str, *args: Any, **kwargs: Any) -> Iterator[None]:
-            with original(name, *args, **kwargs):
+        def noted() -> Iterator[Any]:
+            with context as value:
                 self._contexts.append(name)
                 try:
-                    yield
+                    yield value
                 finally:
                     if self._contexts:
                         self._contexts.pop()
 
-        self.denoiser.cache_context = cache_context  # type: ignore[assignment]
-
-        def restore() -> None:
-            if own is None:
-                del self.denoiser.cache_context
-            else:
-                self.denoiser.cache_context = own
-
-        return restore
+        return noted()
 
 
 class _Running(threading.local):
@@ -201,7 +189,7 @@ class _Running(threading.local):
         stack[:] = [ref for ref in stack if ref() not in (watch, None)]
 
     def is_latest(self, watch: Watch) -> bool:
-        stack = self._stacks.get(watch.denoiser)
+        stack = self._stacks.get(watch.denoiser, [])
         return bool(stack) and stack[-1]() is watch
 
 

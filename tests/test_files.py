@@ -1,0 +1,185 @@
+"""Schedule and calibration files: what is written is read back, and nothing else is."""
+
+import json
+import pickle
+import struct
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.numpy import save_file
+
+import dpcache
+from dpcache.calibration import Facts
+from dpcache.files import write_whole
+from dpcache.schedule import ModelIdentity
+
+MODEL = ModelIdentity(denoiser="FluxTransformer2DModel", config="0123456789abcdef")
+
+
+@pytest.fixture
+def calibration() -> dpcache.Calibration:
+    features = np.random.default_rng(0).normal(size=(20, 64)).cumsum(axis=0)
+    facts = Facts(
+        num_inference_steps=20,
+        boundary="blocks",
+        order=2,
+        model=MODEL,
+        pipeline="FluxPipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        timesteps=tuple(np.linspace(1000, 50, 20)),
+        num_inputs=1,
+        num_branches=1,
+    )
+    return dpcache.Calibration(dpcache.paper_cost(features), facts)
+
+
+@given(st.data())
+def test_schedule_round_trip(data):
+    steps = data.draw(st.integers(1, 60))
+    rest = data.draw(st.sets(st.integers(1, steps - 1))) if steps > 1 else set()
+    order = data.draw(st.integers(0, 3))
+    model = data.draw(st.sampled_from([None, MODEL]))
+    schedule = dpcache.Schedule.from_key_steps(sorted({0} | rest), steps, order=order, model=model, cost=0.1)
+    with tempfile.TemporaryDirectory() as folder:
+        schedule.save(Path(folder) / "s.json")
+        assert dpcache.Schedule.load(Path(folder) / "s.json") == schedule
+
+
+def test_calibration_round_trip_and_plan(calibration, tmp_path):
+    calibration.save(tmp_path / "c.safetensors")
+    loaded = dpcache.Calibration.load(tmp_path / "c.safetensors")
+    np.testing.assert_array_equal(loaded.cost, calibration.cost)
+    assert loaded.facts == calibration.facts
+    schedule = loaded.plan(num_key_steps=7, max_gap=5)
+    best = dpcache.plan(calibration.cost, 7, max_gap=5)
+    assert schedule.key_steps == best.key_steps
+    assert schedule.cost == best.cost
+    assert (schedule.model, schedule.boundary, schedule.order) == (MODEL, "blocks", 2)
+    assert loaded.plan_all()[7] == dpcache.plan(calibration.cost, 7)
+
+
+@pytest.fixture
+def written(calibration, tmp_path):
+    calibration.save(tmp_path / "c.safetensors")
+    calibration.plan(7).save(tmp_path / "s.json")
+    return {"calibration": tmp_path / "c.safetensors", "schedule": tmp_path / "s.json"}
+
+
+LOADERS = {"calibration": dpcache.Calibration.load, "schedule": dpcache.Schedule.load}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_truncated_at_any_point(kind, written):
+    whole = written[kind].read_bytes()
+    for size in sorted({0, 1, 7, 8, 9, 100, len(whole) // 2, len(whole) - 2}):
+        written[kind].write_bytes(whole[:size])
+        with pytest.raises(dpcache.FileFormatError, match="Make it anew with"):
+            LOADERS[kind](written[kind])
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_pickles_are_refused_unread(kind, written, tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "exploded"), "w"))
+
+    for dump in (pickle.dumps(Bomb()), None):
+        if dump is None:
+            torch.save({"cost": torch.zeros(2)}, written[kind])
+        else:
+            written[kind].write_bytes(dump)
+        with pytest.raises(dpcache.FileFormatError, match="pickle"):
+            LOADERS[kind](written[kind])
+    assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_the_other_kind_is_refused(kind, written):
+    (other,) = set(LOADERS) - {kind}
+    with pytest.raises(dpcache.FileFormatError, match=f"{kind}|whole"):
+        LOADERS[kind](written[other])
+
+
+def edit_schedule(path, change) -> None:
+    document = json.loads(path.read_text())
+    change(document)
+    path.write_text(json.dumps(document))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: d.update(version=2), "version 2; this release reads version 1"),
+        (lambda d: d["key_steps"].append(3), "key_steps must increase"),
+        (lambda d: d["predictions"].pop("19"), "cover the skipped steps"),
+        (lambda d: d["predictions"]["19"][0].update(coefficient=7.0), "edited"),
+        (lambda d: d.update(boundary="somewhere"), "boundary"),
+        (lambda d: d.update(extra=1), "extra"),
+        (lambda d: d.update(cost=1.0), "edited"),
+        (lambda d: d.pop("key_steps"), "key_steps"),
+    ],
+)
+def test_edited_schedules(written, change, message):
+    edit_schedule(written["schedule"], change)
+    with pytest.raises(dpcache.FileFormatError, match=message) as caught:
+        dpcache.Schedule.load(written["schedule"])
+    assert "Make it anew" in str(caught.value)
+
+
+def test_edited_calibrations(written):
+    path = written["calibration"]
+    whole = path.read_bytes()
+    # One bit of one cost.
+    path.write_bytes(whole[:-9] + bytes([whole[-9] ^ 1]) + whole[-8:])
+    with pytest.raises(dpcache.FileFormatError, match="edited"):
+        dpcache.Calibration.load(path)
+    (size,) = struct.unpack("<Q", whole[:8])
+    header = whole[8 : 8 + size]
+    path.write_bytes(whole[:8] + header.replace(b'"version":"1"', b'"version":"9"') + whole[8 + size :])
+    with pytest.raises(dpcache.FileFormatError, match="version 9; this release reads version 1"):
+        dpcache.Calibration.load(path)
+    save_file({"weight": np.zeros(3)}, path)
+    with pytest.raises(dpcache.FileFormatError, match="not a dpcache calibration"):
+        dpcache.Calibration.load(path)
+
+
+def test_a_failed_write_leaves_the_old_file(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+
+    def fail(part):
+        part.write_text("half of the n")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_whole(path, fail)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_missing_files():
+    for load in LOADERS.values():
+        with pytest.raises(FileNotFoundError):
+            load("nowhere")
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [((), "start with 0"), ((1, 2), "start with 0"), ((0, 2, 2), "increase"), ((0, 20), "not one of the 20")],
+)
+def test_bad_key_steps(keys, message):
+    with pytest.raises(ValueError, match=message):
+        dpcache.Schedule.from_key_steps(keys, 20)
+
+
+def test_uniform_schedule():
+    assert dpcache.Schedule.uniform(5, 50).key_steps == (0, 10, 20, 30, 40)
+    assert dpcache.Schedule.uniform(13, 50).num_key_steps == 13
+    assert dpcache.Schedule.uniform(50, 50).predictions == {}
+    with pytest.raises(ValueError, match="from 1 to 50"):
+        dpcache.Schedule.uniform(0, 50)

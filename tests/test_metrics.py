@@ -1,0 +1,46 @@
+"""PSNR and SSIM against scikit-image."""
+
+import math
+
+import numpy as np
+import pytest
+from skimage.metrics import peak_signal_noise_ratio, structural_similarity
+
+from dpcache.metrics import psnr, ssim
+
+
+@pytest.fixture
+def pair():
+    rng = np.random.default_rng(3)
+    a = rng.random((40, 52, 3)).astype(np.float32)
+    return a, np.clip(a + rng.normal(scale=0.1, size=a.shape), 0, 1).astype(np.float32)
+
+
+def test_against_scikit_image(pair):
+    a, b = pair
+    assert psnr(a, b) == pytest.approx(peak_signal_noise_ratio(a, b, data_range=1.0), abs=1e-5)
+    reference = structural_similarity(
+        a.astype(float),
+        b.astype(float),
+        data_range=1.0,
+        channel_axis=-1,
+        gaussian_weights=True,
+        sigma=1.5,
+        use_sample_covariance=False,
+    )
+    assert ssim(a, b) == pytest.approx(reference, abs=1e-6)
+
+
+def test_equal_pictures_and_clips(pair):
+    a, b = pair
+    assert psnr(a, a) == math.inf
+    assert ssim(a, a) == pytest.approx(1)
+    assert ssim(np.stack([a, a]), np.stack([a, b])) == pytest.approx((1 + ssim(a, b)) / 2)
+
+
+def test_integers_are_refused(pair):
+    a, _ = pair
+    with pytest.raises(ValueError, match="wrap around"):
+        psnr(a, (a * 255).astype(np.uint8))
+    with pytest.raises(ValueError, match="11 pixels"):
+        ssim(a[:8], a[:8])
