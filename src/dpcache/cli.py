@@ -250,7 +250,7 @@ def _load(model: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its calls: a bundled model's own, then those of --set."""
     from .zoo import BUNDLED, load_pipeline
 
-    arguments = dict(BUNDLED[model].call_arguments) if model in BUNDLED else {}
+    arguments = dict(BUNDLED[model].call_defaults) if model in BUNDLED else {}
     for setting in settings or []:
         name, equals, text = setting.partition("=")
         if not equals or not name.isidentifier():

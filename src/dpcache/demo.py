@@ -34,7 +34,7 @@ def run_demo(
     pipeline = load_pipeline(model)
     say(f"calibrating {model} on {CALIBRATION_INPUTS} inputs, {STEPS} steps each")
     calibration = calibrate(
-        pipeline, bundled.calibration_inputs(CALIBRATION_INPUTS), num_inference_steps=STEPS, **bundled.call_arguments
+        pipeline, bundled.calibration_inputs(CALIBRATION_INPUTS), num_inference_steps=STEPS, **bundled.call_defaults
     )
     calibration.save(folder / "calibration.safetensors")
     schedules = [calibration.plan(budget) for budget in KEY_STEPS]
@@ -43,7 +43,7 @@ def run_demo(
         schedule.save(folder / f"schedule-{schedule.num_key_steps}.json")
     say(f"drawing {num_inputs} held-out inputs in full and with {len(schedules)} schedules")
     comparisons = compare_all(
-        pipeline, schedules, bundled.held_out_inputs(num_inputs), seeds=1000, **bundled.call_arguments
+        pipeline, schedules, bundled.held_out_inputs(num_inputs), seeds=1000, **bundled.call_defaults
     )
     for number, sample in enumerate(comparisons[0].samples):
         save_picture(folder / f"{number:02d}-full.png", sample.full)
