@@ -84,7 +84,7 @@ def test_values_that_are_not_finite_name_input_and_step(flux, poison):
 
     handle = flux.transformer.single_transformer_blocks[-1].proj_out.register_forward_hook(spoil)
     try:
-        with pytest.raises(dpcache.CalibrationError, match="input 1: .*step 3 is NaN or infinite"):
+        with pytest.raises(dpcache.CalibrationError, match=r"input 1: .*step 3 is NaN or infinite"):
             dpcache.calibrate(flux, PROMPTS, progress=False, **QUICK)
     finally:
         handle.remove()

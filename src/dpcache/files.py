@@ -34,7 +34,10 @@ def read_bytes(path: "str | os.PathLike[str]", kind: str) -> bytes:
         FileNotFoundError: there is no such file.
         FileFormatError: the file is a pickle or a PyTorch archive, which may run code when read and is refused.
     """
-    data = Path(path).read_bytes()
+    try:
+        data = Path(path).read_bytes()
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no file {path}. A {kind} is made by {MAKERS[kind]}.") from None
     if data[:1] == b"\x80" or data[:2] == b"PK":
         raise FileFormatError(
             f"{path} is a pickle or PyTorch archive, which is never read because it can run code. "
