@@ -1,0 +1,337 @@
+"""The report: one page, complete in itself, that tells what the comparisons say and nothing else."""
+
+import base64
+import importlib
+import io
+import math
+import re
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import pytest
+from PIL import Image
+
+from dpcache.calibration import Calibration, Facts
+from dpcache.comparison import Comparison, Sample
+from dpcache.metrics import psnr, ssim
+from dpcache.report import write_report
+from dpcache.report.page import path_cost, schedule_names
+from dpcache.report.pictures import LONGEST_SIDE, common_scale, embed
+from dpcache.schedule import ModelIdentity, Schedule
+
+REFERENCE = Path(__file__).parent / "reference"
+STEPS = 50
+PROMPTS = ["a red cube", "<script>alert(1)</script>", 'a "quoted" & <b>bold</b> cat']
+VOID = {"meta", "link", "img", "source", "br"}
+
+
+class Page(HTMLParser):
+    """Every element with its attributes and the text inside it."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.elements: list[tuple[str, dict[str, str]]] = []
+        self.text_of: list[list[str]] = []
+        self._open: list[int] = []
+        self.source = path.read_text(encoding="utf-8")
+        self.feed(self.source)
+        assert not self._open, f"elements left open: {[self.elements[n][0] for n in self._open]}"
+
+    def handle_starttag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.text_of.append([])
+        if tag not in VOID:
+            self._open.append(len(self.elements) - 1)
+
+    def handle_startendtag(self, tag, attributes):
+        self.elements.append((tag, dict(attributes)))
+        self.text_of.append([])
+
+    def handle_endtag(self, tag):
+        assert self.elements[self._open.pop()][0] == tag
+
+    def handle_data(self, data):
+        for number in self._open:
+            self.text_of[number].append(data)
+
+    def find(self, tag, **wanted):
+        """[(attributes, text)] of the elements with this tag whose attributes contain the wanted words."""
+        return [
+            (attributes, " ".join("".join(text).split()))
+            for (name, attributes), text in zip(self.elements, self.text_of, strict=True)
+            if name == tag
+            and all(word in (attributes.get(key.rstrip("_")) or "").split() for key, word in wanted.items())
+        ]
+
+
+@pytest.fixture(scope="module")
+def calibration() -> Calibration:
+    facts = Facts(
+        num_inference_steps=STEPS,
+        boundary="blocks",
+        order=2,
+        model=ModelIdentity(denoiser="FluxTransformer2DModel"),
+        pipeline="FluxPipeline",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        timesteps=tuple(np.linspace(1000, 20, STEPS)),
+        num_inputs=5,
+        num_branches=1,
+    )
+    return Calibration(np.load(REFERENCE / "flux1_dev_t50_cost.npz")["cost"], facts)
+
+
+def comparison(schedule, noise, shape=(32, 32, 3), prompts=PROMPTS) -> Comparison:
+    """Random pictures; input n is off by n x noise, so input 0 is identical and the last one worst."""
+    samples = []
+    for seed, prompt in enumerate(prompts):
+        rng = np.random.default_rng(seed)
+        full = rng.random(shape)
+        cached = (full + seed * noise * rng.standard_normal(shape)).clip(0, 1)
+        samples.append(Sample(prompt, seed, psnr(full, cached), ssim(full, cached), full, cached))
+    count = len(prompts)
+    share = schedule.num_key_steps / STEPS
+    full_runs = 57 * STEPS * count
+    return Comparison(
+        schedule, tuple(samples), (2.0,) * count, (2.0 * share,) * count, full_runs, int(full_runs * share)
+    )
+
+
+@pytest.fixture(scope="module")
+def comparisons(calibration) -> list[Comparison]:
+    return [comparison(calibration.plan(keys, max_gap=15), noise) for keys, noise in ((13, 0.02), (9, 0.05))]
+
+
+@pytest.fixture(scope="module")
+def written(calibration, comparisons, tmp_path_factory) -> Path:
+    return write_report(
+        tmp_path_factory.mktemp("report") / "deep" / "report.html",
+        title="Flux & <friends>",
+        model="FLUX.1-dev",
+        calibration=calibration,
+        comparisons=comparisons,
+        plans=calibration.plan_all(max_gap=15),
+        facts={"Hardware": "a <fast> machine"},
+    )
+
+
+@pytest.fixture(scope="module")
+def page(written) -> Page:
+    return Page(written)
+
+
+def write(path, calibration, comparisons, plans=None) -> Page:
+    written = write_report(
+        path / "report.html",
+        title="t",
+        model="m",
+        calibration=calibration,
+        comparisons=comparisons,
+        plans=calibration.plan_all(max_gap=15) if plans is None else plans,
+    )
+    return Page(written)
+
+
+def decoded(uri: str) -> Image.Image:
+    return Image.open(io.BytesIO(base64.b64decode(uri.partition(",")[2])))
+
+
+def test_page_loads_nothing(page):
+    names = ("src", "srcset", "href", "xlink:href", "data", "action", "poster")
+    links = [value for _, attributes in page.elements for name, value in attributes.items() if name in names]
+    assert len(links) > 10
+    assert [link[:60] for link in links if not link.startswith(("data:", "#"))] == []
+    assert re.findall(r"url\((?!#)[^)]*\)|@import", page.source) == []
+    assert [tag for tag, _ in page.elements if tag in ("script", "iframe", "object")] == []
+
+
+def test_anchors_lead_somewhere_and_ids_are_unique(page):
+    ids = [attributes["id"] for _, attributes in page.elements if "id" in attributes]
+    assert len(ids) == len(set(ids))
+    anchors = {
+        attributes[name][1:]
+        for _, attributes in page.elements
+        for name in ("href", "xlink:href")
+        if attributes.get(name, "").startswith("#")
+    }
+    assert anchors and anchors <= set(ids)
+
+
+def test_texts_from_outside_are_escaped(page):
+    headings = [text for _, text in page.find("h3")]
+    for prompt in PROMPTS:
+        assert prompt in headings
+    assert page.find("h1")[0][1] == "Flux & <friends>"
+    assert any(text == "a <fast> machine" for _, text in page.find("dd"))
+    assert page.find("b") == page.find("friends") == page.find("fast") == []
+
+
+def test_every_input_with_its_quality_worst_first(page, comparisons):
+    cases = [text for _, text in page.find("article", class_="case")]
+    assert len(cases) == len(PROMPTS)
+    for case, seed in zip(cases, (2, 1, 0), strict=True):
+        assert case.startswith(f"{PROMPTS[seed]} seed {seed}")
+        for number, one in enumerate(comparisons):
+            sample = one.samples[seed]
+            expected = f"{sample.psnr:.1f} dB" if seed else "identical"
+            assert f"Cached, K = {(13, 9)[number]} {expected} · SSIM {sample.ssim:.3f}" in case
+    assert "inf" not in re.sub(r"\binfer\w*", "", " ".join(cases))
+
+
+def test_pictures_survive_exactly(page, comparisons):
+    images = [attributes for attributes, _ in page.find("img")]
+    assert len(images) == len(PROMPTS) * (1 + len(comparisons))
+    assert all(attributes["alt"] and "small" in attributes["class"] for attributes in images)
+    worst = comparisons[1].samples[2]
+    for attributes, picture in zip(images[:3:2], (worst.full, worst.cached), strict=True):
+        shown = np.asarray(decoded(attributes["src"]))
+        np.testing.assert_array_equal(shown, np.round(picture.astype(np.float32) * 255).astype(np.uint8))
+
+
+def test_timelines(page, comparisons):
+    for (attributes, _), one in zip(page.find("ol", class_="timeline"), comparisons, strict=True):
+        assert f"K = {one.schedule.num_key_steps}" in attributes["aria-label"]
+    cells = page.find("li", class_="key") + page.find("li", class_="skipped")
+    assert len(cells) == STEPS * len(comparisons)
+    marked = [int(attributes["data-step"]) for attributes, _ in page.find("li", class_="key")]
+    assert marked == [step for one in comparisons for step in one.schedule.key_steps]
+    assert all(text == f"{attributes['data-step']} computed" for attributes, text in page.find("li", class_="key"))
+
+
+def test_table_of_results(page, comparisons):
+    rows = [text for _, text in page.find("tr", role="row")][1:]
+    assert len(rows) == len(comparisons) + 1
+    for row, one in zip(rows, comparisons, strict=False):
+        differing = [sample.psnr for sample in one.samples if math.isfinite(sample.psnr)]
+        for figure in (
+            f"{one.speedup:.2f}×",
+            f"{one.schedule.ideal_speedup:.2f}×",
+            f"{np.mean(differing):.1f} dB",
+            "without 1 identical",
+            f"{one.psnr_worst:.1f} dB",
+            f"{one.cached_block_runs:,}",
+            f"of {one.full_block_runs:,}",
+        ):
+            assert figure in row
+    assert "3.85 times as fast; with 9, 5.56 times" in page.find("p", class_="lead")[0][1].replace("\xa0", " ")
+
+
+def test_plots_follow_the_page_colours_and_mark_every_hop(page, comparisons):
+    plots = page.find("svg", class_="plot")
+    assert [attributes["id"] for attributes, _ in plots] == ["cost-map", "trade-off"]
+    assert all(attributes["aria-label"] for attributes, _ in plots)
+    assert "currentColor" in page.source and "#01010" not in page.source
+    for one in comparisons:
+        name = f"K = {one.schedule.num_key_steps}"
+        assert all(name in text for _, text in plots)
+        assert f"{name}: {one.schedule.cost:,.4g}" in plots[1][0]["aria-label"]
+    for number, one in enumerate(comparisons):
+        marks = page.source.partition(f'id="cost-map-hops-{number}"')[2].partition(">\n   </g>")[0]
+        assert marks.count("<use ") == one.schedule.num_key_steps
+
+
+def test_all_identical_and_blocks_unknown(calibration, tmp_path):
+    schedule = calibration.plan(13, max_gap=15)
+    same = comparison(schedule, 0.0)
+    page = write(tmp_path, calibration, [Comparison(schedule, same.samples, (1.0,), (1.0,), 0, 0)])
+    row = page.find("tr", role="row")[1][1]
+    assert row.count("identical") == 3 and "not counted" in row
+    assert "inf" not in row and "without" not in row
+
+
+def test_a_percentile_next_to_identical_pictures_stays_a_number(calibration, tmp_path):
+    schedule = calibration.plan(13, max_gap=15)
+    page = write(tmp_path, calibration, [comparison(schedule, 0.1, prompts=PROMPTS[:2])])
+    worst = comparison(schedule, 0.1).samples[1].psnr
+    assert page.find("td", class_="figure")[1][1] == f"{worst:.1f} dB"
+
+
+def test_clips_play_and_have_a_still(calibration, tmp_path):
+    schedule = calibration.plan(13, max_gap=15)
+    clips = comparison(schedule, 0.05, shape=(5, 16, 24, 3), prompts=PROMPTS[:2])
+    page = write(tmp_path, calibration, [clips])
+    moving = [decoded(attributes["src"]) for attributes, _ in page.find("img")]
+    assert [(image.format, image.n_frames, image.size) for image in moving] == [("WEBP", 5, (24, 16))] * 4
+    stills = [decoded(attributes["srcset"]) for attributes, _ in page.find("source")]
+    np.testing.assert_array_equal(
+        np.asarray(stills[0]), np.round(clips.samples[1].full[0].astype(np.float32) * 255).astype(np.uint8)
+    )
+    assert "makes a clip" in page.find("p", class_="lead")[0][1]
+
+
+def test_same_number_of_key_steps_twice_and_hops_without_cost(calibration, tmp_path):
+    schedules = [calibration.plan(10, max_gap=15), Schedule.uniform(10, STEPS)]
+    page = write(tmp_path, calibration, [comparison(schedule, 0.05) for schedule in schedules])
+    names = ["K = 10, planned", "K = 10, uniform"]
+    assert [text for _, text in page.find("h3")][-2:] == names == schedule_names(schedules)
+    captions = page.find("figcaption")[-1][1]
+    assert captions.endswith("no cost for one of its hops: K = 10, uniform.")
+    assert schedule_names([schedules[1]] * 2) == ["K = 10, no. 1", "K = 10, no. 2"]
+
+
+def test_path_cost_is_what_the_planner_adds_up(calibration):
+    for keys, plan in calibration.plan_all(max_gap=15).items():
+        assert path_cost(calibration.cost, plan.key_steps) == pytest.approx(plan.cost, rel=1e-12), keys
+
+
+def test_costs_all_zero_and_no_plans(calibration, tmp_path):
+    flat = Calibration(np.zeros_like(calibration.cost), calibration.facts)
+    page = write(tmp_path, flat, [comparison(flat.plan(13), 0.05)], plans={})
+    assert len(page.find("svg", class_="plot")) == 2
+    assert page.find("table", class_="plans") == []
+
+
+def test_large_pictures_are_reduced():
+    wide = np.zeros((64, 4 * LONGEST_SIDE, 3))
+    scale = common_scale([np.zeros((32, 32, 3)), wide])
+    assert scale == 0.25
+    assert decoded(embed(wide, scale).uri).size == (LONGEST_SIDE, 16)
+    assert common_scale([np.broadcast_to(0.0, (1000, 1000, 1000, 3))]) < 0.4
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+def test_channels(channels, mode):
+    assert decoded(embed(np.full((12, 12, channels), 0.5)).uri).mode == mode
+
+
+def test_not_a_picture():
+    with pytest.raises(ValueError, match=r"\[H, W, C\].*got \[16, 8, 8\]"):
+        embed(np.zeros((16, 8, 8)))
+
+
+def test_comparisons_that_do_not_belong_together(calibration, comparisons, tmp_path):
+    with pytest.raises(ValueError, match="nothing to report"):
+        write(tmp_path, calibration, [])
+    other = comparison(comparisons[1].schedule, 0.05, prompts=["another", *PROMPTS[1:]])
+    with pytest.raises(ValueError, match="comparison 1 is over other inputs"):
+        write(tmp_path, calibration, [comparisons[0], other])
+    with pytest.raises(ValueError, match="schedule for 20 steps"):
+        write(tmp_path, calibration, [comparison(Schedule.uniform(5, 20), 0.05)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_user_settings_of_matplotlib_are_left_alone(calibration, comparisons, tmp_path, written, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)  # importing it would fail
+    with matplotlib.rc_context({"axes.facecolor": "red", "font.size": 30, "svg.fonttype": "path"}):
+        write_report(
+            tmp_path / "again.html",
+            title="Flux & <friends>",
+            model="FLUX.1-dev",
+            calibration=calibration,
+            comparisons=comparisons,
+            plans=calibration.plan_all(max_gap=15),
+            facts={"Hardware": "a <fast> machine"},
+        )
+        assert matplotlib.rcParams["font.size"] == 30
+    assert (tmp_path / "again.html").read_bytes() == written.read_bytes()
+
+
+@pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
+def test_missing_extra_is_named(monkeypatch, missing):
+    monkeypatch.setitem(sys.modules, missing, None)
+    for name in [name for name in sys.modules if name.startswith("dpcache.report")]:
+        monkeypatch.delitem(sys.modules, name)
+    with pytest.raises(ImportError, match=rf'{missing}.*pip install "dpcache\[report\]"'):
+        importlib.import_module("dpcache.report")
