@@ -34,6 +34,7 @@ def test_against_scikit_image(pair):
 def test_equal_pictures_and_clips(pair):
     a, b = pair
     assert psnr(a, a) == math.inf
+    assert math.isnan(psnr(a, a * np.float32("nan")))
     assert ssim(a, a) == pytest.approx(1)
     assert ssim(np.stack([a, a]), np.stack([a, b])) == pytest.approx((1 + ssim(a, b)) / 2)
 

@@ -276,6 +276,13 @@ def test_path_cost_is_what_the_planner_adds_up(calibration):
         assert path_cost(calibration.cost, plan.key_steps) == pytest.approx(plan.cost, rel=1e-12), keys
 
 
+def test_without_a_calibration_the_page_says_nothing_of_costs(comparisons, tmp_path):
+    page = Page(write_report(tmp_path / "r.html", title="t", model="m", comparisons=comparisons))
+    assert not page.find("section", id="costs")
+    assert not [link for link, _ in page.find("a") if link["href"] == "#costs"]
+    assert len(page.find("ol", class_="timeline")) == len(comparisons)
+
+
 def test_costs_all_zero_and_no_plans(calibration, tmp_path):
     flat = Calibration(np.zeros_like(calibration.cost), calibration.facts)
     page = write(tmp_path, flat, [comparison(flat.plan(13), 0.05)], plans={})

@@ -13,7 +13,7 @@ Picture = npt.NDArray[np.floating[Any]]
 def psnr(truth: Picture, other: Picture) -> float:
     """Peak signal-to-noise ratio in dB of two pictures with values in [0, 1]; infinite where they are equal."""
     error = np.mean((_checked(truth) - _checked(other)) ** 2)
-    return float(-10 * np.log10(error)) if error > 0 else math.inf
+    return math.inf if error == 0 else float(-10 * np.log10(error))
 
 
 def ssim(truth: Picture, other: Picture) -> float:

@@ -67,9 +67,9 @@ def write_report(
     *,
     title: str,
     model: str,
-    calibration: Calibration,
     comparisons: Sequence[Comparison],
-    plans: Mapping[int, Plan],
+    calibration: Calibration | None = None,
+    plans: Mapping[int, Plan] = {},
     facts: Mapping[str, str] = {},
 ) -> Path:
     """Writes one HTML page, complete in itself, for readers who have never heard of the method.
@@ -81,9 +81,9 @@ def write_report(
         path: the file; written whole or not at all.
         title: the page's heading.
         model: what was accelerated, as readers know it.
-        calibration: what the schedules were planned from.
         comparisons: one per schedule, all over the same inputs.
-        plans: {K: Plan}, as `calibration.plan_all` gives them.
+        calibration: what the schedules were planned from; without it the page says nothing of costs.
+        plans: {K: Plan}, as `calibration.plan_all` gives them, for the curve of cost against K.
         facts: further facts to list at the end, {name: value}.
 
     Returns:
@@ -109,7 +109,7 @@ def write_report(
         title=title,
         model=model,
         summary=_summary(named, model),
-        steps=calibration.facts.num_inference_steps,
+        steps=comparisons[0].schedule.num_inference_steps,
         noun=_noun(comparisons),
         baseline=_baseline(comparisons[0]),
         rows=[_row(name, comparison) for name, comparison in named.items()],
@@ -117,8 +117,8 @@ def write_report(
         scale=scale,
         schedules={name: comparison.schedule for name, comparison in named.items()},
         plans=dict(sorted(plans.items())),
-        facts={**_calibration_facts(calibration), **facts, **_versions()},
-        **_figures(calibration, named, plans),
+        facts={**(_calibration_facts(calibration) if calibration else {}), **facts, **_versions()},
+        figures=_figures(calibration, named, plans) if calibration else None,
     )
     return write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
 
@@ -143,7 +143,7 @@ def decibels(value: float) -> str:
     return "identical" if math.isinf(value) else f"{value:.1f} dB"
 
 
-def _check(calibration: Calibration, comparisons: Sequence[Comparison]) -> None:
+def _check(calibration: Calibration | None, comparisons: Sequence[Comparison]) -> None:
     if not comparisons or not comparisons[0].samples:
         raise ValueError("there is nothing to report: give one comparison with one sample at least.")
     inputs = [(sample.label, sample.seed) for sample in comparisons[0].samples]
@@ -154,7 +154,7 @@ def _check(calibration: Calibration, comparisons: Sequence[Comparison]) -> None:
                 "`dpcache.compare_all`."
             )
         steps = comparison.schedule.num_inference_steps
-        if steps != calibration.facts.num_inference_steps:
+        if calibration is not None and steps != calibration.facts.num_inference_steps:
             raise ValueError(
                 f"comparison {number} is of a schedule for {steps} steps and the calibration is of "
                 f"{calibration.facts.num_inference_steps}: give the calibration it was planned from."
@@ -219,7 +219,7 @@ def _row(name: str, comparison: Comparison) -> Row:
         blocks_note=f"of {all_runs:,} ({runs / all_runs:.0%})" if all_runs else "",
         psnr_mean=psnr_mean,
         psnr_note=psnr_note,
-        psnr_p5=decibels(_fifth_percentile(comparison)),
+        psnr_p5=decibels(comparison.psnr_p5),
         psnr_worst=decibels(comparison.psnr_worst),
         ssim=f"{comparison.ssim_mean:.3f}",
     )
@@ -231,15 +231,6 @@ def _mean(quality: Sequence[float]) -> tuple[str, str]:
     if not differing or len(differing) == len(quality):
         return decibels(float(np.mean(quality))), ""
     return decibels(float(np.mean(differing))), f"without {len(quality) - len(differing)} identical"
-
-
-def _fifth_percentile(comparison: Comparison) -> float:
-    """Between a finite and an infinite value lies no number: take the lower of the two."""
-    value = comparison.psnr_p5
-    if math.isinf(value):
-        ordered = sorted(sample.psnr for sample in comparison.samples)
-        return ordered[(len(ordered) - 1) * 5 // 100]
-    return value
 
 
 def _duration(seconds: float) -> str:
