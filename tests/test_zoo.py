@@ -129,7 +129,7 @@ def test_one_biased_pad_equals_many() -> None:
         many_tokens = torch.cat([text[:, :3], text[:, 3:4].repeat(1, pads, 1)], dim=1)
         many = transformer(encoder_hidden_states=many_tokens, txt_ids=torch.zeros(3 + pads, 3), **common)[0]
         fewer = transformer(encoder_hidden_states=many_tokens[:, :4], txt_ids=torch.zeros(4, 3), **common)[0]
-    torch.testing.assert_close(one, many, atol=1e-9, rtol=1e-9)
+    torch.testing.assert_close(one, many, atol=1e-5, rtol=1e-5)
     assert not torch.allclose(one, fewer, atol=1e-3)
 
 
@@ -138,8 +138,10 @@ def test_held_out_captions_are_never_trained_on() -> None:
     assert not set(training_captions) & set(held_out)
     assert len(held_out) >= 400
     assert len(training_captions) + len(held_out) == len(shapes.all_scenes())
-    drawn = tiny_flux.draw_pictures(tiny_flux.build_pipeline(0), 20, seed=0)
-    assert len(drawn.t5_ids) == len(training_captions) + 1
+    pipeline = tiny_flux.build_pipeline(0)
+    drawn = tiny_flux.draw_pictures(pipeline, 50, seed=0)
+    read = pipeline.tokenizer_2.batch_decode(drawn.t5_ids, skip_special_tokens=True)
+    assert [text.replace(" ,", ",") for text in read] == [*training_captions[:50], ""]
     assert TINY_FLUX.calibration_inputs(5) == list(training_captions[:5])
     assert TINY_FLUX.held_out_inputs(5) == list(held_out[:5])
     with pytest.raises(ValueError, match="n must be from 0 to"):

@@ -116,7 +116,7 @@ def load_pipeline(
 
     try:
         pipeline = DiffusionPipeline.from_pretrained(
-            str(source) if source.is_dir() else name, torch_dtype=torch_dtype or torch.float32
+            str(source) if source.is_dir() else name, dtype=torch_dtype or torch.float32
         )
     except OSError as error:
         raise UnknownModelError(_no_such(name)) from error

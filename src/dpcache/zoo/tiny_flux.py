@@ -204,7 +204,7 @@ class Pictures:
 
 def draw_pictures(pipeline: FluxPipeline, count: int, seed: int) -> Pictures:
     """Render `count` pictures of the training captions, each caption as often as any other."""
-    captions = list(shapes.split_captions()[0])
+    captions = shapes.split_captions()[0][:count]
     rows = torch.arange(count) % len(captions)
     pixels = shapes.render([shapes.parse(captions[row]) for row in rows.tolist()], seed=seed)
     padding = {"padding": "max_length", "max_length": TEXT_LENGTH, "return_tensors": "pt"}
