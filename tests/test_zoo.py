@@ -18,7 +18,7 @@ from dpcache.zoo.muon import orthogonalise
 
 TINY_FLUX = BUNDLED["tiny-flux"]
 CPU = torch.device("cpu")
-LITTLE = tiny_flux.Settings(pictures=40, vae_steps=4, vae_batch=2, flow_steps=5, flow_batch=4)
+LITTLE = tiny_flux.Settings(pictures=40, vae_steps=4, vae_batch=2, flow_steps=5, flow_batch=4, decoder_steps=3)
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_interrupted_training_gives_the_same_weights(tmp_path: Path) -> None:
     for name, tensor in whole.items():
         assert torch.equal(tensor, parts[name]), name
     with pytest.raises(ValueError, match="--restart"):
-        longer = tiny_flux.Settings(pictures=40, vae_steps=9, vae_batch=2, flow_steps=5, flow_batch=4)
+        longer = tiny_flux.Settings(pictures=40, vae_steps=9, vae_batch=2, flow_steps=5, flow_batch=4, decoder_steps=3)
         tiny_flux.train(tmp_path / "b", tmp_path / "parts", **{**common, "settings": longer})
 
 
