@@ -1,1 +1,134 @@
-"""Small trained pipelines that ship with the package, in plain diffusers format."""
+"""Small trained pipelines that ship with the package, in plain diffusers format.
+
+A new model is one file that builds and trains it and one row in `BUNDLED`. diffusers and transformers are imported only
+when a pipeline is loaded.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
+
+from dpcache.zoo import shapes
+
+if TYPE_CHECKING:
+    import torch
+    from diffusers import DiffusionPipeline
+
+__all__ = ["BUNDLED", "BundledModel", "UnknownModelError", "load_pipeline"]
+
+Inputs = str | dict[str, Any]
+"""What varies from one call of a pipeline to the next: a prompt, or keyword arguments."""
+
+
+class UnknownModelError(ValueError):
+    """No model goes by this name, and no pipeline is found at this path."""
+
+
+@dataclass(frozen=True)
+class BundledModel:
+    """One model that ships with the package."""
+
+    name: str
+    description: str
+    directory: Path
+    """The pipeline in diffusers format."""
+    recipe: str
+    """Name of the module that builds and trains it, with a function `train` (see `dpcache.zoo.train`)."""
+    call_defaults: Mapping[str, Any]
+    """Keyword arguments of a usual call, beside its inputs."""
+    attributes: Mapping[str, Any]
+    """Set on the loaded pipeline, where its class would draw at a size this model was not trained for."""
+    calibration_pool: Callable[[], tuple[Inputs, ...]]
+    """Every input it was trained on, shuffled once and for all."""
+    held_out_pool: Callable[[], tuple[Inputs, ...]]
+    """Inputs it has never seen, shuffled once and for all."""
+
+    def calibration_inputs(self, n: int) -> list[Inputs]:
+        """The first `n` inputs for calibrating, all of them trained on.
+
+        Raises:
+            ValueError: if there are fewer than `n`, or `n` is negative.
+        """
+        return _first(self.calibration_pool(), n, "calibration")
+
+    def held_out_inputs(self, n: int) -> list[Inputs]:
+        """The first `n` inputs for judging, none of them trained on.
+
+        Raises:
+            ValueError: if there are fewer than `n`, or `n` is negative.
+        """
+        return _first(self.held_out_pool(), n, "held-out")
+
+
+def _first(pool: tuple[Inputs, ...], n: int, kind: str) -> list[Inputs]:
+    if not 0 <= n <= len(pool):
+        raise ValueError(f"there are {len(pool)} {kind} inputs, so n must be from 0 to {len(pool)}, got {n}")
+    return list(pool[:n])
+
+
+_ROWS = (
+    BundledModel(
+        name="tiny-flux",
+        description="FluxPipeline, text to 32x32 picture of a coloured shape, 2.5 M parameters",
+        directory=Path(__file__).parent / "models" / "tiny-flux",
+        recipe="dpcache.zoo.tiny_flux",
+        # The prompts have at most 12 tokens; FluxPipeline would pad them to 512.
+        call_defaults=MappingProxyType({"num_inference_steps": 50, "max_sequence_length": 32}),
+        # In latent pixels. FluxPipeline.__init__ fixes 128 for every model.
+        attributes=MappingProxyType({"default_sample_size": 8}),
+        calibration_pool=lambda: shapes.split_captions()[0],
+        held_out_pool=lambda: shapes.split_captions()[1],
+    ),
+)
+
+BUNDLED: Mapping[str, BundledModel] = MappingProxyType({row.name: row for row in _ROWS})
+"""The bundled models, by name."""
+
+
+def load_pipeline(
+    name_or_path: str | Path,
+    *,
+    torch_dtype: "torch.dtype | None" = None,
+    device: "str | torch.device | None" = None,
+) -> "DiffusionPipeline":
+    """Load a pipeline, bundled or any other, ready to be called.
+
+    Args:
+        name_or_path: a key of `BUNDLED`, a directory in diffusers format, or the id of a Hugging Face repository.
+        torch_dtype: of the weights; float32 unless given.
+        device: where to put it; CUDA where available, else the CPU, unless given.
+
+    Raises:
+        UnknownModelError: if there is no such model.
+    """
+    name = str(name_or_path)
+    model = BUNDLED.get(name)
+    source = model.directory if model else Path(name)
+    is_repository_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
+    if not source.is_dir() and (model is not None or not is_repository_id):
+        raise UnknownModelError(_no_such(name))
+
+    import torch
+    from diffusers import DiffusionPipeline
+
+    try:
+        pipeline = DiffusionPipeline.from_pretrained(
+            str(source) if source.is_dir() else name, dtype=torch_dtype or torch.float32
+        )
+    except OSError as error:
+        raise UnknownModelError(_no_such(name)) from error
+    for attribute, value in (model.attributes if model else {}).items():
+        setattr(pipeline, attribute, value)
+    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def _no_such(name: str) -> str:
+    if name in BUNDLED:
+        return f"the files of {name!r} are not installed; train them with: python -m dpcache.zoo.train {name}"
+    return (
+        f"no pipeline named {name!r}. Bundled models: {', '.join(BUNDLED)}. Or give a directory in diffusers format "
+        "(one that holds model_index.json) or the id of a Hugging Face repository, like 'owner/name'"
+    )
