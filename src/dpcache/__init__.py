@@ -21,10 +21,12 @@ if TYPE_CHECKING:
         FileFormatError,
         InfeasibleBudgetError,
         ScheduleMismatchError,
+        UnknownModelError,
         UnsupportedPipelineError,
     )
     from .planner import Plan, plan, plan_all
     from .schedule import Schedule
+    from .zoo import load_pipeline
 
 __version__ = "0.1.0"
 
@@ -42,6 +44,7 @@ _HOME = {
     "Schedule": "schedule",
     "ScheduleMismatchError": "errors",
     "Stats": "cache",
+    "UnknownModelError": "errors",
     "UnsupportedPipelineError": "errors",
     "calibrate": "calibration",
     "compare": "comparison",
@@ -49,6 +52,7 @@ _HOME = {
     "disable": "cache",
     "enable": "cache",
     "enabled": "cache",
+    "load_pipeline": "zoo",
     "paper_cost": "costs",
     "plan": "planner",
     "plan_all": "planner",
@@ -56,6 +60,7 @@ _HOME = {
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use
+    "load_pipeline",
     "calibrate",
     "Calibration",
     "Schedule",
@@ -78,6 +83,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "FileFormatError",
     "InfeasibleBudgetError",
     "ScheduleMismatchError",
+    "UnknownModelError",
     "UnsupportedPipelineError",
     "__version__",
 ]

@@ -25,5 +25,9 @@ class CalibrationError(DPCacheError, ValueError):
     """Calibration cannot start or was stopped by what it measured (no inputs, NaN, no sampling loop)."""
 
 
+class UnknownModelError(DPCacheError, ValueError):
+    """No model goes by this name, and no pipeline is found at this path."""
+
+
 class FileFormatError(DPCacheError, ValueError):
     """A calibration or schedule file is truncated, edited, of another version, or something else altogether."""

@@ -11,6 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from dpcache.errors import UnknownModelError
 from dpcache.zoo import shapes
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ __all__ = ["BUNDLED", "BundledModel", "UnknownModelError", "load_pipeline"]
 
 Inputs = str | dict[str, Any]
 """What varies from one call of a pipeline to the next: a prompt, or keyword arguments."""
-
-
-class UnknownModelError(ValueError):
-    """No model goes by this name, and no pipeline is found at this path."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +73,7 @@ _ROWS = (
         directory=Path(__file__).parent / "models" / "tiny-flux",
         recipe="dpcache.zoo.tiny_flux",
         # The prompts have at most 12 tokens; FluxPipeline would pad them to 512.
-        call_defaults=MappingProxyType({"num_inference_steps": 50, "max_sequence_length": 32}),
+        call_defaults=MappingProxyType({"max_sequence_length": 32}),
         # In latent pixels. FluxPipeline.__init__ fixes 128 for every model.
         attributes=MappingProxyType({"default_sample_size": 8}),
         calibration_pool=lambda: shapes.split_captions()[0],
@@ -98,7 +95,7 @@ def load_pipeline(
 
     Args:
         name_or_path: a key of `BUNDLED`, a directory in diffusers format, or the id of a Hugging Face repository.
-        torch_dtype: of the weights; float32 unless given.
+        torch_dtype: of the weights; unless given, float32 for bundled models and on the CPU, bfloat16 on CUDA.
         device: where to put it; CUDA where available, else the CPU, unless given.
 
     Raises:
@@ -114,15 +111,16 @@ def load_pipeline(
     import torch
     from diffusers import DiffusionPipeline
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    on_gpu = torch.device(device).type == "cuda"
+    dtype = torch_dtype or (torch.bfloat16 if on_gpu and model is None else torch.float32)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(
-            str(source) if source.is_dir() else name, dtype=torch_dtype or torch.float32
-        )
+        pipeline = DiffusionPipeline.from_pretrained(str(source) if source.is_dir() else name, dtype=dtype)
     except OSError as error:
-        raise UnknownModelError(_no_such(name)) from error
+        raise UnknownModelError(f"{_no_such(name)} (diffusers says: {error})") from error
     for attribute, value in (model.attributes if model else {}).items():
         setattr(pipeline, attribute, value)
-    return pipeline.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return pipeline.to(device)
 
 
 def _no_such(name: str) -> str:
