@@ -13,7 +13,7 @@ from dpcache.recording import record
 from dpcache.zoo import BUNDLED
 from tests.conftest import PROMPT, QUICK, STEPS
 
-PROMPTS = [PROMPT, "a big blue star"]
+PROMPTS = [PROMPT, "a large blue star on a grey background, right"]
 
 
 def test_cost_is_the_mean_over_inputs_and_branches(flux):

@@ -10,6 +10,8 @@ import dpcache
 from dpcache import cli
 
 STEPS = "12"
+RING = "a small red ring on a black background, top"
+STAR = "a large blue star on a grey background, right"
 
 
 @pytest.fixture
@@ -31,26 +33,24 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_calibrate_plan_generate_compare_show(run):
-    code, out, _ = run(
-        "calibrate", "tiny-flux", "a small red ring", "a big blue star", "-o", "c.safetensors", "-t", STEPS
-    )
+    code, out, _ = run("calibrate", "tiny-flux", RING, STAR, "-o", "c.safetensors", "-t", STEPS)
     assert code == 0
     assert "wrote c.safetensors: 2 inputs, 12 steps" in out
     code, out, _ = run("plan", "c.safetensors", "-k", "5", "-o", "s.json")
     assert code == 0
     schedule = dpcache.Schedule.load("s.json")
     assert schedule.num_key_steps == 5
-    code, out, _ = run("generate", "tiny-flux", "a small red ring", "-s", "s.json", "-o", "ring.png", "--seed", "3")
+    code, out, _ = run("generate", "tiny-flux", RING, "-s", "s.json", "-o", "ring.png", "--seed", "3")
     assert code == 0
     assert Image.open("ring.png").size == (32, 32)
     code, _, _ = run("generate", "tiny-flux", "a red ring", "a blue star", "-s", "s.json", "--set", "guidance_scale=2")
     assert code == 0
     assert {path.name for path in Path().glob("image*.png")} == {"image-0.png", "image-1.png"}
-    Path("prompts.txt").write_text("a small red ring\n\na big blue star\n")
+    Path("prompts.txt").write_text("a small red ring\n\na large blue star\n")
     code, out, _ = run("compare", "tiny-flux", "--prompts", "prompts.txt", "-s", "s.json", "--report", "r.html")
     assert code == 0
     assert "5 of 12" in out and "dB" in out
-    assert "a big blue star" in Path("r.html").read_text()
+    assert "a large blue star" in Path("r.html").read_text()
     code, out, _ = run("show", "s.json")
     assert code == 0
     assert "5 of 12 steps in full" in out

@@ -260,7 +260,9 @@ def test_values_of_another_shape_are_never_used(flux):
     schedule = schedule_for()
     with dpcache.enabled(flux, schedule), Spy(flux) as spy:
         flux.scheduler.set_timesteps(STEPS, mu=0.5, sigmas=np.linspace(1, 1 / STEPS, STEPS))
-        embeds, pooled, text_ids = flux.encode_prompt([PROMPT, "a big blue disc"], max_sequence_length=24)
+        embeds, pooled, text_ids = flux.encode_prompt(
+            [PROMPT, "a large blue circle on a white background, left"], max_sequence_length=24
+        )
         latents, image_ids = flux.prepare_latents(
             2,
             flux.transformer.config.in_channels // 4,
