@@ -65,7 +65,7 @@ def test_nine_of_ten_held_out_captions_come_out_right(pipeline: Any) -> None:
 
 
 def test_autoencoder_reconstructs(pipeline: Any) -> None:
-    assert reconstruction_psnr(pipeline, 50) > 28
+    assert reconstruction_psnr(pipeline, 50) > 31
 
 
 def test_padding_hardly_matters(pipeline: Any) -> None:
@@ -75,7 +75,7 @@ def test_padding_hardly_matters(pipeline: Any) -> None:
         for length in (16, 32, 64, 512)
     }
     for length in (16, 64, 512):
-        assert np.abs(pictures[length] - pictures[32]).mean() < 0.02, length
+        assert np.abs(pictures[length] - pictures[32]).mean() < 0.01, length
 
 
 def test_draws_at_the_trained_size_with_and_without_guidance(pipeline: Any) -> None:
@@ -138,9 +138,8 @@ def test_held_out_captions_are_never_trained_on() -> None:
     assert not set(training_captions) & set(held_out)
     assert len(held_out) >= 400
     assert len(training_captions) + len(held_out) == len(shapes.all_scenes())
-    pipeline = tiny_flux.build_pipeline(0)
-    drawn = tiny_flux.draw_pictures(pipeline, 50, seed=0)
-    read = pipeline.tokenizer_2.batch_decode(drawn.t5_ids, skip_special_tokens=True)
+    drawn = tiny_flux.draw_pictures(50, seed=0)
+    read = tiny_flux.build_t5_tokenizer().batch_decode(drawn.t5_ids, skip_special_tokens=True)
     assert [text.replace(" ,", ",") for text in read] == [*training_captions[:50], ""]
     assert TINY_FLUX.calibration_inputs(5) == list(training_captions[:5])
     assert TINY_FLUX.held_out_inputs(5) == list(held_out[:5])

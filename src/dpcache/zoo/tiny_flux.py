@@ -5,9 +5,9 @@ encoders, by flow matching (Lipman et al., "Flow Matching for Generative Modelin
 at last the decoder alone on the same latents, for crisper edges.
 """
 
+import copy
 import itertools
 import math
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,9 +46,9 @@ class Settings:
     """Rendered once; every training caption appears at least twice."""
     vae_steps: int = 3_000
     vae_batch: int = 12
-    flow_steps: int = 2_000
+    flow_steps: int = 1_600
     flow_batch: int = 96
-    decoder_steps: int = 3_000
+    decoder_steps: int = 2_000
     empty_captions: float = 0.1
     """Fraction of captions dropped, so that classifier-free guidance works."""
 
@@ -204,7 +204,7 @@ class Pictures:
     """(captions + 1, TEXT_LENGTH)."""
 
 
-def draw_pictures(pipeline: FluxPipeline, count: int, seed: int) -> Pictures:
+def draw_pictures(count: int, seed: int) -> Pictures:
     """Render `count` pictures of the training captions, each caption as often as any other."""
     captions = shapes.split_captions()[0][:count]
     rows = torch.arange(count) % len(captions)
@@ -213,8 +213,8 @@ def draw_pictures(pipeline: FluxPipeline, count: int, seed: int) -> Pictures:
     return Pictures(
         pixels=torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous(),
         captions=rows,
-        clip_ids=pipeline.tokenizer([*captions, ""], **padding).input_ids,
-        t5_ids=pipeline.tokenizer_2([*captions, ""], **padding).input_ids,
+        clip_ids=build_clip_tokenizer()([*captions, ""], **padding).input_ids,
+        t5_ids=build_t5_tokenizer()([*captions, ""], **padding).input_ids,
     )
 
 
@@ -250,9 +250,8 @@ def decoder_stage(vae: AutoencoderKL, pictures: Pictures, latents: Tensor, setti
         chosen = torch.randint(len(pictures.pixels), (settings.vae_batch,), generator=generator)
         noisy = latents[chosen] + 0.03 * torch.randn(latents[chosen].shape, generator=generator)
         unpacked = FluxPipeline._unpack_latents(noisy, shapes.SIDE, shapes.SIDE, vae_scale_factor=4)
-        error = vae.decode((unpacked / scale + shift).to(vae.device)).sample - to_pixels(
-            pictures.pixels[chosen], vae.device
-        )
+        decoded = vae.decode((unpacked / scale + shift).to(vae.device)).sample
+        error = decoded - to_pixels(pictures.pixels[chosen], vae.device)
         loss: Tensor = error.abs().mean() + error.square().mean()
         return loss
 
@@ -347,12 +346,9 @@ def save_pipeline(pipeline: FluxPipeline, directory: Path) -> None:
 
     transformers loads what a file holds, diffusers float32 unless told: so the loaded pipeline is float32 throughout.
     """
-    with tempfile.TemporaryDirectory() as copy:
-        pipeline.save_pretrained(copy)
-        stored = FluxPipeline.from_pretrained(copy)
-    stored.vae.half()
-    stored.transformer.half()
-    stored.save_pretrained(directory)
+    pipeline.save_pretrained(directory)
+    for name in ("transformer", "vae"):
+        copy.deepcopy(getattr(pipeline, name)).half().save_pretrained(directory / name)
 
 
 def train(
@@ -379,7 +375,7 @@ def train(
     """
     settings = settings or Settings()
     pipeline = build_pipeline(seed).to(device)
-    pictures = draw_pictures(pipeline, settings.pictures, seed)
+    pictures = draw_pictures(settings.pictures, seed)
     stage = vae_stage(pipeline.vae, pictures, settings)
     train_stage(stage, checkpoints / "autoencoder.pt", seed=seed + 1, should_stop=should_stop)
     latents = encode_pictures(pipeline.vae, pictures)
