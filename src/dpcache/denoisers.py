@@ -4,7 +4,7 @@ import hashlib
 import inspect
 import json
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -178,7 +178,9 @@ class Block:
 
     def layer(self) -> nn.Module:
         """A layer inside that runs once whenever the block does, and at no other time: for counting."""
-        layers = [(name, m) for name, m in self.module.named_modules() if not any(m.children())]
+        layers: list[tuple[str, nn.Module]] = [
+            (name, module) for name, module in self.module.named_modules() if not any(True for _ in module.children())
+        ]
         # Blocks begin with a norm or a modulation. Its embedding the denoiser's head may use as well (DiT); attention
         # may be left out (guidance by perturbation), a feed-forward shared by two streams runs twice.
         return next((module for name, module in layers if "emb" not in name), layers[0][1])
@@ -234,7 +236,9 @@ def _stack(denoiser: nn.Module, attribute: str, name: str) -> list[nn.Module]:
         stack = operator.attrgetter(attribute)(denoiser)
     except AttributeError as error:
         raise _misdescribed(name, f"it has no `{attribute}`") from error
-    return [] if stack is None else list(stack)
+    if stack is not None and not isinstance(stack, Iterable):
+        raise _misdescribed(name, f"its `{attribute}` is no list of blocks")
+    return list(stack or ())
 
 
 def _block(module: nn.Module, returns: tuple[str, ...], attribute: str, name: str) -> Block:
