@@ -40,7 +40,7 @@ class Single(nn.Module):
 
 
 class Unheard(nn.Module):
-    """Two stacks, streams with names of their own, no cache contexts, no configuration: not one of diffusers' models."""
+    """Two stacks, streams with names of their own, no cache contexts, no configuration: no model of diffusers."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -204,7 +204,7 @@ def find_denoisers(pipeline: Any) -> list[nn.Module]:
             f"{' or '.join(f'`.{name}`' for name in _DENOISER_ATTRIBUTES)} and a scheduler with `set_timesteps` and "
             "`step`. Pass a diffusers pipeline, for example FluxPipeline."
         )
-    return [_unwrapped(module) for module in found]
+    return list(dict.fromkeys(_unwrapped(module) for module in found))
 
 
 def find_blocks(denoiser: nn.Module) -> list[Block]:

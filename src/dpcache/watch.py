@@ -48,7 +48,7 @@ class Call:
     Attributes:
         step: index of the sampling step, 0 the noisiest.
         branch: which of the step's denoiser calls this is.
-        shape: shapes, dtypes and devices of the denoiser's inputs: a cached value only fits the same.
+        shape: of the denoiser's inputs, with dtype and device: a cached value only fits the same.
     """
 
     step: int
@@ -121,14 +121,14 @@ class Watch:
 
     def on_call(self, denoiser: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of one of the denoisers, inside a generation of this pipeline or not."""
-        if self._step is None or not _running.is_latest(self):
+        if self._step is None or not _running.is_latest(self, denoiser):
             self._check_scheduler()
             return forward(*args, **kwargs)
         name = self._contexts[-1] if self._contexts else ""
         branch = Branch(name, self._calls[name, denoiser], denoiser)
         self._calls[name, denoiser] += 1
-        shape = tuple(_shapes((*args, *kwargs.values())))
-        call = Call(self._step, branch, shape, self._boundaries[denoiser], lambda: forward(*args, **kwargs))
+        signature = _signature((*args, *kwargs.values()))
+        call = Call(self._step, branch, signature, self._boundaries[denoiser], lambda: forward(*args, **kwargs))
         return self.observer.call(call)
 
     def _began(self, result: Any, *_: Any, **__: Any) -> Any:
@@ -206,9 +206,8 @@ class _Running(threading.local):
             stack = self._stacks.get(denoiser, [])
             stack[:] = [ref for ref in stack if ref() not in (watch, None)]
 
-    def is_latest(self, watch: Watch) -> bool:
-        """Of the pipelines that call the watch's first denoiser; its others are in step with that."""
-        stack = self._stacks.get(watch.denoisers[0], [])
+    def is_latest(self, watch: Watch, denoiser: int = 0) -> bool:
+        stack = self._stacks.get(watch.denoisers[denoiser], [])
         return bool(stack) and stack[-1]() is watch
 
 
@@ -302,13 +301,23 @@ class _BlockHook(ModelHook):  # type: ignore[misc]
         return output
 
 
-def _shapes(values: Iterable[Any]) -> Iterator[Any]:
-    """Shape, dtype and device of the tensors among the values and in lists of them.
+def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
+    """What a denoiser's inputs have in common with those that a cached value fits.
+
+    Shapes of all, for a value may have the length of the text in it; the dtype of the first alone, which is what is
+    denoised: that of a timestep changes in HunyuanVideo from step 0 to 1, without any effect.
+    """
+    found = list(_tensors(values))
+    return (*(tuple(tensor.shape) for tensor in found), *((found[0].dtype, found[0].device) if found else ()))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those among the values and in lists of them.
 
     Not in dicts: pipelines keep things there that come and go without any effect on what is computed.
     """
     for value in values:
         if isinstance(value, torch.Tensor):
-            yield tuple(value.shape), value.dtype, value.device
+            yield value
         elif isinstance(value, list | tuple):
-            yield from _shapes(value)
+            yield from _tensors(value)

@@ -28,6 +28,7 @@ class Small:
         keys: key steps for which every other step is predicted.
         order: of the prediction.
         switch: the step from which the second denoiser is called.
+        bfloat16: whether the pipeline runs in it on a CPU.
         note: for docs/models.md.
     """
 
@@ -38,7 +39,13 @@ class Small:
     keys: tuple[int, ...] = (0, 1, 2, 5)
     order: int = 2
     switch: int = STEPS
+    bfloat16: bool = True
     note: str = ""
+
+    @property
+    def boundaries(self) -> tuple[str, ...]:
+        """Where it can be cached."""
+        return ("blocks", "output") if self.heads else ("output",)
 
 
 #: By name.
@@ -88,6 +95,13 @@ def noise(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(100 + seed))
 
 
+def cast(value: Any, dtype: torch.dtype) -> Any:
+    """Floating-point tensors in another dtype, also in lists; other arguments of a pipeline's call as they are."""
+    if isinstance(value, list):
+        return [cast(item, dtype) for item in value]
+    return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+
 def ones(*shape: int) -> torch.Tensor:
     return torch.ones(shape, dtype=torch.long)
 
@@ -110,7 +124,7 @@ def DiTPipeline() -> tuple[Any, dict[str, Any]]:
         sample_size=4,
         out_channels=8,
     )
-    pipe = assemble("DiTPipeline", transformer, diffusers.DDIMScheduler(), vae=tiny_vae())
+    pipe = assemble("DiTPipeline", transformer, diffusers.DDIMScheduler(clip_sample=False), vae=tiny_vae())
     pipe.labels = {"thing": 1}
     return pipe, {"class_labels": [1], "output_type": "np"}
 

@@ -12,10 +12,9 @@ from dpcache.denoisers import find_blocks, find_denoisers
 from dpcache.packing import take_apart
 from dpcache.recording import record
 from tests.pipelines import small_video  # noqa: F401 - enters its pipelines in the list
-from tests.pipelines.small import SMALL, STEPS, Small
+from tests.pipelines.small import SMALL, STEPS, Small, cast
 
-CASES = [(name, boundary) for name, entry in SMALL.items() for boundary in ("blocks", "output") if entry.heads]
-CASES += [(name, "output") for name, entry in SMALL.items() if not entry.heads]
+CASES = [(name, boundary) for name, entry in SMALL.items() for boundary in entry.boundaries]
 
 
 class Subject:
@@ -169,35 +168,47 @@ def test_4_blocks_run_once_per_key_step_and_branch(subject: Subject) -> None:
 
 
 def test_5_a_prediction_is_the_weighted_sum_of_the_cached_values(subject: Subject) -> None:
+    check_predictions(subject, torch.float32)
+
+
+def test_5_in_bfloat16(built: Subject) -> None:
+    if not built.facts.bfloat16:
+        pytest.skip("the pipeline does not run in bfloat16 here")
+    pipe, arguments = built.facts.build()
+    pipe.to(torch.bfloat16)
+    arguments = {name: cast(value, torch.bfloat16) for name, value in arguments.items()}
+    check_predictions(Subject(built.facts, built.boundary, pipe, arguments), torch.bfloat16)
+
+
+def check_predictions(subject: Subject, dtype: torch.dtype) -> None:
     facts, schedule = subject.facts, subject.schedule()
-    with dpcache.enabled(subject.pipe, schedule), Spy() as spy:
-        streams: list[list[torch.Tensor]] = []
-        if subject.boundary == "blocks":
-            streams = [[] for _ in facts.heads]
-            for denoiser in subject.denoisers:
-                for head, seen in zip(facts.heads, streams, strict=True):
-                    spy.inputs(denoiser.get_submodule(head), seen)
-            subject.draw()
-        else:
-            returned: list[list[torch.Tensor]] = []
-            for denoiser in subject.denoisers:
-                spy.outputs(denoiser, returned)
-            subject.draw()
-            streams = [list(stream) for stream in zip(*returned, strict=True)]
+    with dpcache.enabled(subject.pipe, schedule):
+        streams = boundary_values(subject)
     for calls in streams:
         assert len(calls) == STEPS * facts.branches
         for branch in range(facts.branches):
-            check_predictions(schedule, calls[branch :: facts.branches])
+            values = calls[branch :: facts.branches]
+            for step, terms in schedule.predictions.items():
+                weighted = [values[term.key_step].double() * term.coefficient for term in terms]
+                exact, scale = sum(weighted), sum(w.abs() for w in weighted)
+                # One rounding to the dtype, and the float32 arithmetic before it.
+                bound = torch.finfo(dtype).eps * exact.abs() / 2 + 4 * torch.finfo(torch.float32).eps * scale
+                assert bool(((values[step].double() - exact).abs() <= bound).all())
+                assert not torch.equal(values[step], values[terms[-1].key_step])
 
 
-def check_predictions(schedule: dpcache.Schedule, values: list[torch.Tensor]) -> None:
-    for step, terms in schedule.predictions.items():
-        weighted = [values[term.key_step].double() * term.coefficient for term in terms]
-        exact, scale = sum(weighted), sum(w.abs() for w in weighted)
-        # One rounding to the dtype, and the float32 arithmetic before it.
-        bound = torch.finfo(values[step].dtype).eps * exact.abs() / 2 + 4 * torch.finfo(torch.float32).eps * scale
-        assert bool(((values[step].double() - exact).abs() <= bound).all())
-        assert not torch.equal(values[step], values[terms[-1].key_step])
+def boundary_values(subject: Subject) -> list[list[torch.Tensor]]:
+    """Of one generation, for every stream at the boundary: its value at every call."""
+    heads = subject.facts.heads if subject.boundary == "blocks" else ()
+    streams: list[list[torch.Tensor]] = [[] for _ in heads]
+    returned: list[list[torch.Tensor]] = []
+    with Spy() as spy:
+        for denoiser in subject.denoisers:
+            spy.outputs(denoiser, returned)
+            for head, seen in zip(heads, streams, strict=True):
+                spy.inputs(denoiser.get_submodule(head), seen)
+        subject.draw()
+    return streams or [list(stream) for stream in zip(*returned, strict=True)]
 
 
 def test_every_transformer_block_is_in_the_table(subject: Subject) -> None:
