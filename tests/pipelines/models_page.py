@@ -9,8 +9,8 @@ import diffusers
 import pytest
 
 from dpcache.denoisers import find_denoisers
-from tests.pipelines import small_video  # noqa: F401 - enters its pipelines in the list
-from tests.pipelines.small import SMALL, Small
+from tests.pipelines.every import SMALL
+from tests.pipelines.small import Small
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 TESTS = Path(__file__).with_name("test_table.py")
@@ -23,7 +23,7 @@ NOT_FOLLOWED = {
 
 HEAD = """# Models
 
-<!-- Written by `python -m tests.pipelines.models_page`; edit tests/pipelines/small.py and small_video.py instead. -->
+<!-- Written by `python -m tests.pipelines.models_page`; edit tests/pipelines/small_*.py instead. -->
 
 What is cached and predicted at each boundary:
 

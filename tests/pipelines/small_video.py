@@ -8,9 +8,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.guiders import ClassifierFreeGuidance
 from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
-from tests.pipelines.small import assemble, make, noise, ones, size, small
-
-Built = tuple[Any, dict[str, Any]]
+from tests.pipelines.small import Built, assemble, make, noise, ones, size, small
 
 
 def guided(**more: Any) -> dict[str, Any]:

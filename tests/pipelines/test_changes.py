@@ -7,8 +7,8 @@ import torch
 
 import dpcache
 from dpcache.recording import record
-from tests.pipelines import small_video
-from tests.pipelines.small import SMALL, STEPS, assemble, size
+from tests.pipelines.every import SMALL, small_video
+from tests.pipelines.small import STEPS, assemble, size
 
 
 def draw(pipe: Any, arguments: dict[str, Any]) -> torch.Tensor:

@@ -8,7 +8,7 @@ import pytest
 
 from dpcache import denoisers
 from tests.pipelines import models_page
-from tests.pipelines.small import SMALL
+from tests.pipelines.every import SMALL
 
 CONSTRAINTS = Path(__file__).parents[2] / "constraints.txt"
 

@@ -11,8 +11,8 @@ import dpcache
 from dpcache.denoisers import find_blocks, find_denoisers
 from dpcache.packing import take_apart
 from dpcache.recording import record
-from tests.pipelines import small_video  # noqa: F401 - enters its pipelines in the list
-from tests.pipelines.small import SMALL, STEPS, Small, cast
+from tests.pipelines.every import SMALL
+from tests.pipelines.small import STEPS, Small, cast
 
 CASES = [(name, boundary) for name, entry in SMALL.items() for boundary in entry.boundaries]
 
