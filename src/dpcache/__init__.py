@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from .calibration import Calibration, calibrate
     from .comparison import Comparison, Sample, compare, compare_all
     from .costs import paper_cost
+    from .denoisers import register_denoiser
     from .errors import (
         CacheStateError,
         CalibrationError,
@@ -56,6 +57,7 @@ _HOME = {
     "paper_cost": "costs",
     "plan": "planner",
     "plan_all": "planner",
+    "register_denoiser": "denoisers",
     "stats": "cache",
 }
 
@@ -77,6 +79,7 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "plan",
     "plan_all",
     "Plan",
+    "register_denoiser",
     "DPCacheError",
     "CacheStateError",
     "CalibrationError",

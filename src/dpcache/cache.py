@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from .denoisers import find_denoiser, identify
+from .denoisers import find_denoisers, identify
 from .errors import CacheStateError, ScheduleMismatchError
 from .schedule import Schedule, Term
 from .watch import Branch, Call, Watch
@@ -53,7 +53,7 @@ def enable(pipeline: Any, schedule: Schedule) -> None:
     """
     require_disabled(pipeline)
     cache = _Cache(schedule)
-    identity = identify(find_denoiser(pipeline))
+    identity = identify(find_denoisers(pipeline))
     if schedule.model is not None and not schedule.model.admits(identity):
         raise ScheduleMismatchError(
             f"the schedule was made for {schedule.model.denoiser} (configuration {schedule.model.config}), the "

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from .costs import CostTensor, paper_cost
-from .denoisers import check_boundary, find_denoiser, identify
+from .denoisers import check_boundary, find_denoisers, identify
 from .errors import CalibrationError, FileFormatError
 from .files import MAKERS, read_bytes, write_whole
 from .inputs import Input, call_arguments, seeded
@@ -158,8 +158,8 @@ def calibrate(
     """
     defaults = {"num_inference_steps": num_inference_steps, "output_type": "latent", **arguments}
     calls = call_arguments(inputs, defaults)
-    denoiser = find_denoiser(pipeline)
-    check_boundary(denoiser, boundary)
+    denoisers = find_denoisers(pipeline)
+    check_boundary(denoisers, boundary)
     total: CostTensor | None = None
     branches = 0
     with tqdm(total=len(calls) * num_inference_steps, desc="calibrate", unit="step", disable=not progress) as bar:
@@ -191,7 +191,7 @@ def calibrate(
         num_inference_steps=run.num_steps,
         boundary=boundary,
         order=order,
-        model=identify(denoiser),
+        model=identify(denoisers),
         pipeline=type(pipeline).__name__,
         scheduler=type(pipeline.scheduler).__name__,
         timesteps=run.timesteps,

@@ -12,7 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from .cache import enabled, require_disabled
-from .denoisers import find_blocks, find_denoiser
+from .denoisers import find_blocks, find_denoisers
 from .errors import UnsupportedPipelineError
 from .inputs import Input, call_arguments, label, seeded
 from .metrics import Picture, psnr, ssim
@@ -161,7 +161,7 @@ class _Side:
 
     def run(self, call: Mapping[str, Any], seed: int) -> None:
         arguments = seeded(self.pipeline, call, seed)
-        with quiet(self.pipeline), count_block_runs(find_denoiser(self.pipeline)) as count:
+        with quiet(self.pipeline), count_block_runs(find_denoisers(self.pipeline)) as count:
             if self.schedule is None:
                 output = self._timed(arguments)
             else:
@@ -190,7 +190,7 @@ def _comparison(schedule: Schedule, full: _Side, cached: _Side) -> Comparison:
 
 
 @contextmanager
-def count_block_runs(denoiser: nn.Module) -> Iterator[list[int]]:
+def count_block_runs(denoisers: Sequence[nn.Module]) -> Iterator[list[int]]:
     """Counts how often transformer blocks really run, on a layer inside each; yields the count in a list of one."""
     count = [0]
 
@@ -198,11 +198,10 @@ def count_block_runs(denoiser: nn.Module) -> Iterator[list[int]]:
         count[0] += 1
 
     try:
-        blocks = find_blocks(denoiser)
+        blocks = [block for denoiser in denoisers for block in find_blocks(denoiser)]
     except UnsupportedPipelineError:
         blocks = []
-    layers = [next(m for m in block.module.modules() if isinstance(m, nn.Linear)) for block in blocks]
-    handles = [layer.register_forward_pre_hook(add) for layer in layers]
+    handles = [block.layer().register_forward_pre_hook(add) for block in blocks]
     try:
         yield count
     finally:

@@ -3,10 +3,12 @@
 import hashlib
 import inspect
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import nn
 
 from .errors import UnsupportedPipelineError
@@ -14,112 +16,268 @@ from .schedule import Boundary, ModelIdentity
 
 
 @dataclass(frozen=True)
-class BlockStack:
-    """Transformer blocks that run one after another.
+class Layout:
+    """Where a denoiser's transformer blocks are and what they return.
 
     Attributes:
-        attribute: name of the denoiser's ModuleList.
-        returns: names of the block's arguments that its results replace, in the order it returns them; one name means
-            a bare tensor. `"hidden_states"` is the stream that the head reads.
+        stacks: attribute of the denoiser that holds blocks (dots lead into submodules) -> names of the block's
+            arguments that its results replace, in the order it returns them; one name means a bare result. Stacks in
+            the order they run. A stack may be missing or empty in a model.
+        head: the streams that what follows the last block reads: the value at the boundary "blocks".
     """
 
-    attribute: str
-    returns: tuple[str, ...]
+    stacks: Mapping[str, tuple[str, ...]]
+    head: tuple[str, ...] = ("hidden_states",)
 
 
 _HIDDEN = ("hidden_states",)
 _HIDDEN_ENCODER = ("hidden_states", "encoder_hidden_states")
 _ENCODER_HIDDEN = ("encoder_hidden_states", "hidden_states")
 
-#: Denoiser class name -> its block stacks, in the order they run.
-BLOCK_STACKS: dict[str, tuple[BlockStack, ...]] = {
-    "FluxTransformer2DModel": (
-        BlockStack("transformer_blocks", _ENCODER_HIDDEN),
-        BlockStack("single_transformer_blocks", _ENCODER_HIDDEN),
+#: Denoiser class name -> its layout. Blocks that only refine the text or the noise for the main ones run before them
+#: and are skipped with them: at a skipped step nothing reads what they would return.
+_LAYOUTS: dict[str, Layout] = {
+    "AuraFlowTransformer2DModel": Layout(
+        {"joint_transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN}
+    ),
+    "ChromaTransformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN}),
+    "CogVideoXTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}),
+    "CogView4Transformer2DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}),
+    "DiTTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}),
+    "Flux2Transformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN}),
+    "FluxTransformer2DModel": Layout(
+        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _ENCODER_HIDDEN}
+    ),
+    "HiDreamImageTransformer2DModel": Layout(
+        {"double_stream_blocks": _HIDDEN_ENCODER, "single_stream_blocks": _HIDDEN}
+    ),
+    "HunyuanImageTransformer2DModel": Layout(
+        {
+            "context_embedder.token_refiner.refiner_blocks": _HIDDEN,
+            "transformer_blocks": _HIDDEN_ENCODER,
+            "single_transformer_blocks": _HIDDEN_ENCODER,
+        }
+    ),
+    "HunyuanVideo15Transformer3DModel": Layout(
+        {"context_embedder.token_refiner.refiner_blocks": _HIDDEN, "transformer_blocks": _HIDDEN_ENCODER}
+    ),
+    "HunyuanVideoTransformer3DModel": Layout(
+        {
+            "context_embedder.token_refiner.refiner_blocks": _HIDDEN,
+            "transformer_blocks": _HIDDEN_ENCODER,
+            "single_transformer_blocks": _HIDDEN_ENCODER,
+        }
+    ),
+    "Kandinsky5Transformer3DModel": Layout(
+        {"text_transformer_blocks": ("x",), "visual_transformer_blocks": ("visual_embed",)}, head=("visual_embed",)
+    ),
+    "LTX2VideoTransformer3DModel": Layout(
+        {"transformer_blocks": ("hidden_states", "audio_hidden_states")}, head=("hidden_states", "audio_hidden_states")
+    ),
+    "LTXVideoTransformer3DModel": Layout({"transformer_blocks": _HIDDEN}),
+    "Lumina2Transformer2DModel": Layout({"context_refiner": _HIDDEN, "noise_refiner": _HIDDEN, "layers": _HIDDEN}),
+    "MochiTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}),
+    "PixArtTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}),
+    "QwenImageTransformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN}),
+    "SD3Transformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN}),
+    "SanaTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}),
+    "SkyReelsV2Transformer3DModel": Layout({"blocks": _HIDDEN}),
+    "WanTransformer3DModel": Layout({"blocks": _HIDDEN}),
+    "ZImageTransformer2DModel": Layout(
+        {"noise_refiner": ("x",), "context_refiner": ("x",), "siglip_refiner": ("x",), "layers": ("x",)}, head=("x",)
     ),
 }
 
-#: Where pipelines keep the network that is called at every step.
-_DENOISER_ATTRIBUTES = ("transformer", "unet")
+#: Where pipelines keep the networks that are called at every step. Those that switch between two within one sampling
+#: loop call the second `transformer_2`.
+_DENOISER_ATTRIBUTES = ("transformer", "unet", "transformer_2")
+
+
+def register_denoiser(
+    denoiser: type[nn.Module] | str,
+    stacks: Mapping[str, str | Sequence[str]],
+    *,
+    head: str | Sequence[str] = "hidden_states",
+) -> None:
+    """Describes the transformer blocks of a class, so that boundary="blocks" can be used with it.
+
+    Classes known already are described anew. Subclasses are classes of their own: their `forward` may differ.
+
+    Args:
+        denoiser: the class, or its name.
+        stacks: attribute of the denoiser that holds blocks -> name of the block's argument that its result replaces,
+            or names in the order it returns them. Stacks in the order they run. A block that does not run returns
+            these arguments as it got them.
+        head: name or names of the streams that the denoiser reads from the last block's results.
+
+    Raises:
+        ValueError: no stacks, or the last one does not return the head's streams.
+
+    Example:
+        Blocks which take `hidden_states` and `context` by these names and return the pair `(context, hidden_states)`,
+        then blocks which take and return `hidden_states` alone:
+
+        ```python
+        class MyTransformer(ModelMixin, ConfigMixin):
+            def forward(self, hidden_states, context, timestep):
+                for block in self.double_blocks:
+                    context, hidden_states = block(hidden_states, context, temb=emb)
+                hidden_states = torch.cat([context, hidden_states], dim=1)
+                for block in self.single_blocks:
+                    hidden_states = block(hidden_states, temb=emb)
+                ...
+
+
+        dpcache.register_denoiser(
+            MyTransformer,
+            {"double_blocks": ("context", "hidden_states"), "single_blocks": "hidden_states"},
+        )
+        calibration = dpcache.calibrate(pipe, prompts, boundary="blocks")
+        ```
+    """
+    layout = Layout({name: _names(returns) for name, returns in stacks.items()}, _names(head))
+    *_, last = layout.stacks.values() or [()]
+    if not layout.head or not set(layout.head) <= set(last):
+        raise ValueError(
+            f"the head reads {layout.head}, but the last blocks return {last}: name the streams in `head` as the last "
+            "stack in `stacks` names them."
+        )
+    _LAYOUTS[denoiser if isinstance(denoiser, str) else denoiser.__name__] = layout
+
+
+def _names(given: str | Sequence[str]) -> tuple[str, ...]:
+    return (given,) if isinstance(given, str) else tuple(given)
 
 
 @dataclass(frozen=True)
 class Block:
-    """One transformer block of a denoiser, with how to return its inputs as if it had run."""
+    """One transformer block of a denoiser, with how to return its inputs as if it had run.
+
+    Attributes:
+        module: the block.
+        returns: names of the arguments that its results replace, in the order it returns them.
+        parameters: names of all its arguments, in order.
+        head: which of its results the denoiser's head reads; empty except for the last block.
+    """
 
     module: nn.Module
     returns: tuple[str, ...]
     parameters: tuple[str, ...]
+    head: tuple[str, ...] = ()
 
-    def hidden(self, output: Any) -> Any:
-        """The hidden stream among what the block returned."""
-        return output if len(self.returns) == 1 else output[self.returns.index("hidden_states")]
+    def streams(self, output: Any) -> list[torch.Tensor]:
+        """What the head reads among what the block returned."""
+        results = (output,) if len(self.returns) == 1 else output
+        return [results[self.returns.index(name)] for name in self.head]
 
-    def skipped(self, args: tuple[Any, ...], kwargs: dict[str, Any], hidden: Any | None) -> Any:
-        """What the block returns when it does not run: its inputs, the hidden stream replaced where one is given."""
-        results = tuple(
-            hidden if hidden is not None and name == "hidden_states" else self._argument(name, args, kwargs)
-            for name in self.returns
-        )
+    def skipped(self, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Sequence[torch.Tensor]) -> Any:
+        """What the block returns when it does not run: its inputs, with `streams` in place of those the head reads."""
+        given = dict(zip(self.head, streams, strict=True))
+        results = tuple(given[name] if name in given else self._argument(name, args, kwargs) for name in self.returns)
         return results[0] if len(results) == 1 else results
+
+    def layer(self) -> nn.Module:
+        """A layer inside that runs once whenever the block does, and at no other time: for counting."""
+        layers: list[tuple[str, nn.Module]] = [
+            (name, module) for name, module in self.module.named_modules() if not any(True for _ in module.children())
+        ]
+        # Blocks begin with a norm or a modulation. Its embedding the denoiser's head may use as well (DiT); attention
+        # may be left out (guidance by perturbation), a feed-forward shared by two streams runs twice.
+        return next((module for name, module in layers if "emb" not in name), layers[0][1])
 
     def _argument(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         return kwargs[name] if name in kwargs else args[self.parameters.index(name)]
 
 
-def find_denoiser(pipeline: Any) -> nn.Module:
-    """The network the pipeline calls at every step.
+def find_denoisers(pipeline: Any) -> list[nn.Module]:
+    """The networks the pipeline calls at every step: one, or several where it switches within a sampling loop.
 
     Raises:
         UnsupportedPipelineError: the object is no diffusers pipeline with a transformer or UNet and a scheduler.
     """
-    denoiser = next((m for name in _DENOISER_ATTRIBUTES if (m := getattr(pipeline, name, None)) is not None), None)
+    found = [module for name in _DENOISER_ATTRIBUTES if (module := getattr(pipeline, name, None)) is not None]
     scheduler = getattr(pipeline, "scheduler", None)
-    if not isinstance(denoiser, nn.Module) or not (hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")):
+    follows = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")
+    if not found or not all(isinstance(module, nn.Module) for module in found) or not follows:
         raise UnsupportedPipelineError(
             f"{type(pipeline).__name__} is not a pipeline this library can follow: it needs a denoiser in "
             f"{' or '.join(f'`.{name}`' for name in _DENOISER_ATTRIBUTES)} and a scheduler with `set_timesteps` and "
             "`step`. Pass a diffusers pipeline, for example FluxPipeline."
         )
-    return _unwrapped(denoiser)
+    return list(dict.fromkeys(_unwrapped(module) for module in found))
 
 
 def find_blocks(denoiser: nn.Module) -> list[Block]:
     """The denoiser's transformer blocks in the order they run.
 
     Raises:
-        UnsupportedPipelineError: the class is not in the table.
+        UnsupportedPipelineError: the class is not in the table, or this model is not built as the table says.
     """
     name = type(denoiser).__name__
-    if name not in BLOCK_STACKS:
+    if name not in _LAYOUTS:
         raise UnsupportedPipelineError(
             f'boundary="blocks" needs to know the transformer blocks of {name}, which are described only for '
-            f'{", ".join(sorted(BLOCK_STACKS))}. Use boundary="output", which works for any denoiser.'
+            f'{", ".join(sorted(_LAYOUTS))}. Use boundary="output", which works for any denoiser, or describe its '
+            "blocks with dpcache.register_denoiser."
         )
-    blocks = []
-    for stack in BLOCK_STACKS[name]:
-        for module in getattr(denoiser, stack.attribute):
-            inner: Callable[..., Any] = type(_unwrapped(module)).forward
-            parameters = tuple(inspect.signature(inner).parameters)[1:]
-            blocks.append(Block(_unwrapped(module), stack.returns, parameters))
-    return blocks
+    layout = _LAYOUTS[name]
+    blocks = [
+        _block(module, returns, attribute, name)
+        for attribute, returns in layout.stacks.items()
+        for module in _stack(denoiser, attribute, name)
+    ]
+    if not blocks or not set(layout.head) <= set(blocks[-1].returns):
+        raise _misdescribed(name, f"its last block does not return {' and '.join(layout.head)}")
+    return [*blocks[:-1], replace(blocks[-1], head=layout.head)]
 
 
-def check_boundary(denoiser: nn.Module, boundary: Boundary) -> None:
-    """Raises UnsupportedPipelineError unless the library can cache this denoiser at this boundary."""
+def _stack(denoiser: nn.Module, attribute: str, name: str) -> list[nn.Module]:
+    try:
+        stack = operator.attrgetter(attribute)(denoiser)
+    except AttributeError as error:
+        raise _misdescribed(name, f"it has no `{attribute}`") from error
+    if stack is not None and not isinstance(stack, Iterable):
+        raise _misdescribed(name, f"its `{attribute}` is no list of blocks")
+    return list(stack or ())
+
+
+def _block(module: nn.Module, returns: tuple[str, ...], attribute: str, name: str) -> Block:
+    module = _unwrapped(module)
+    forward: Callable[..., Any] = type(module).forward
+    parameters = tuple(inspect.signature(forward).parameters)[1:]
+    if not set(returns) <= set(parameters):
+        raise _misdescribed(name, f"the blocks in `{attribute}` take {', '.join(parameters)}, not {', '.join(returns)}")
+    return Block(module, returns, parameters)
+
+
+def _misdescribed(name: str, fault: str) -> UnsupportedPipelineError:
+    return UnsupportedPipelineError(
+        f'this {name} is not built as boundary="blocks" expects: {fault}. Use boundary="output", or describe its '
+        "blocks with dpcache.register_denoiser."
+    )
+
+
+def check_boundary(denoisers: Sequence[nn.Module], boundary: Boundary) -> None:
+    """Raises UnsupportedPipelineError unless the library can cache these denoisers at this boundary."""
     if boundary == "blocks":
-        find_blocks(denoiser)
+        for denoiser in denoisers:
+            find_blocks(denoiser)
 
 
-def identify(denoiser: nn.Module) -> ModelIdentity:
-    """What tells one model from another: the class, and a digest of the configuration that shapes the network."""
+def identify(denoisers: Sequence[nn.Module]) -> ModelIdentity:
+    """What tells one model from another: the class, and a digest of the configurations that shape the networks."""
+    text = "".join(_configuration(denoiser) for denoiser in denoisers)
+    digest = hashlib.sha256(text.encode()).hexdigest()[:16]
+    return ModelIdentity(denoiser=type(denoisers[0]).__name__, config=digest)
+
+
+def _configuration(denoiser: nn.Module) -> str:
     config = {
         key: value
         for key, value in dict(getattr(denoiser, "config", {})).items()
         if not key.startswith("_") and key != "quantization_config"
     }
-    text = json.dumps(config, sort_keys=True, default=str)
-    return ModelIdentity(denoiser=type(denoiser).__name__, config=hashlib.sha256(text.encode()).hexdigest()[:16])
+    return json.dumps(config, sort_keys=True, default=str)
 
 
 def _unwrapped(module: nn.Module) -> nn.Module:

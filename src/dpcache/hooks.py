@@ -1,6 +1,8 @@
 """Putting things on one instance and taking them off again without a trace. Classes are never touched."""
 
+import copy
 import functools
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -51,7 +53,7 @@ def listen(owner: Any, method: str, listener: Listener) -> Callable[[], None]:
     Returns:
         a function that ends the listening.
     """
-    tap = getattr(vars(owner).get(method), "_dpcache_tap", None) or _Tap(owner, method)
+    tap = _tap_of(vars(owner).get(method)) or _Tap(owner, method)
     tap.listeners.append(listener)
     return lambda: tap.leave(listener)
 
@@ -63,23 +65,42 @@ class _Tap:
         self.original = getattr(owner, method)
         self.had_own = method in vars(owner)
 
-        # `wraps` keeps the signature visible: pipelines inspect that of `set_timesteps`.
-        @functools.wraps(self.original)
-        def wrapper(*args: Any, **kwargs: Any) -> Any:
-            result = self.original(*args, **kwargs)
-            for listener in tuple(self.listeners):
-                result = listener(result, *args, **kwargs)
-            return result
-
-        wrapper._dpcache_tap = self  # type: ignore[attr-defined]
-        setattr(owner, method, wrapper)
+        setattr(owner, method, _Wrapper(self))
 
     def leave(self, listener: Listener) -> None:
         self.listeners.remove(listener)
         current = vars(self.owner).get(self.method)
         # Where somebody wrapped the method after us, ours must stay underneath; it has no listeners any more.
-        if not self.listeners and getattr(current, "_dpcache_tap", None) is self:
+        if not self.listeners and _tap_of(current) is self:
             if self.had_own:
                 setattr(self.owner, self.method, self.original)
             else:
                 delattr(self.owner, self.method)
+
+
+class _Wrapper:
+    """The instance's own method while it is listened to."""
+
+    def __init__(self, tap: _Tap) -> None:
+        # Keeps the signature visible: pipelines inspect that of `set_timesteps`.
+        functools.update_wrapper(self, tap.original)
+        self.tap = tap
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        result = self.tap.original(*args, **kwargs)
+        for listener in tuple(self.tap.listeners):
+            result = listener(result, *args, **kwargs)
+        return result
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copy of the owner gets its own method, unheard: pipelines copy schedulers, for sound next to pictures."""
+        owner = memo.get(id(self.tap.owner))
+        if owner is None:
+            return self
+        if self.tap.had_own:
+            return copy.deepcopy(self.tap.original, memo)
+        return types.MethodType(getattr(type(owner), self.tap.method), owner)
+
+
+def _tap_of(method: Any) -> _Tap | None:
+    return method.tap if isinstance(method, _Wrapper) else None

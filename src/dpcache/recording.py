@@ -30,11 +30,17 @@ class RecordedRun:
     output: Any = None
 
     def complete_branches(self) -> list[torch.Tensor]:
-        """[T, ...] for every branch that was called at each of the T steps."""
+        """[T, ...] for every branch that was called at each of the T steps.
+
+        Where a pipeline switches between denoisers, what each computed of a branch follows on what the last one did.
+        """
+        joined: dict[tuple[str, int], dict[int, torch.Tensor]] = {}
+        for branch, steps in self.values.items():
+            joined.setdefault((branch.context, branch.number), {}).update(steps)
         return [
             torch.stack([steps[t] for t in range(self.num_steps)])
-            for steps in self.values.values()
-            if len(steps) == self.num_steps
+            for steps in joined.values()
+            if len(steps) == self.num_steps and len({value.shape for value in steps.values()}) == 1
         ]
 
 

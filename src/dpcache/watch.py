@@ -8,23 +8,37 @@ import itertools
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from diffusers.hooks import ModelHook
 from torch import nn
 
-from .denoisers import Block, find_blocks, find_denoiser
+from .denoisers import Block, find_blocks, find_denoisers
 from .hooks import attach, detach, listen
+from .packing import Assemble, pack, take_apart, unpack
 from .schedule import Boundary
 
-#: A branch within a step: the name of the cache context it ran in (if any), and its number among the calls so named.
-Branch = tuple[str, int]
-
 _numbers = itertools.count()
+
+
+class Branch(NamedTuple):
+    """Which of a step's denoiser calls.
+
+    Attributes:
+        context: name of the cache context it ran in, if any.
+        number: its number among the step's calls of this denoiser in contexts so named.
+        denoiser: which of the pipeline's denoisers was called; not 0 only where a pipeline switches between several.
+            What one denoiser computed predicts nothing of another, so their calls are branches of their own.
+    """
+
+    context: str
+    number: int
+    denoiser: int = 0
 
 
 @dataclass
@@ -34,7 +48,7 @@ class Call:
     Attributes:
         step: index of the sampling step, 0 the noisiest.
         branch: which of the step's denoiser calls this is.
-        shape: shape, dtype and device of the denoiser's input: a cached value only fits the same.
+        shape: of the denoiser's inputs, with dtype and device: a cached value only fits the same.
     """
 
     step: int
@@ -45,11 +59,11 @@ class Call:
 
     def full(self) -> tuple[Any, torch.Tensor]:
         """Runs the denoiser in full; returns its output and the value at the boundary."""
-        return self._tap.full(self._forward)
+        return self._tap.full(self.branch, self._forward)
 
     def predicted(self, value: torch.Tensor) -> Any:
         """Runs only what follows the boundary, on the value given. Comes after a full call of the same branch."""
-        return self._tap.predicted(self._forward, value)
+        return self._tap.predicted(self.branch, self._forward, value)
 
 
 class Observer(Protocol):
@@ -72,47 +86,49 @@ class Watch:
     """An observer's ears on one pipeline, from creation to `close`."""
 
     def __init__(self, pipeline: Any, boundary: Boundary, observer: Observer) -> None:
-        self.denoiser = find_denoiser(pipeline)
+        self.denoisers = find_denoisers(pipeline)
         self.scheduler = pipeline.scheduler
         self.observer = observer
         self._pipeline = weakref.ref(pipeline)
         self._name = f"dpcache-{next(_numbers)}"
         self._step: int | None = None
         self._num_steps = 0
-        self._calls: dict[str, int] = {}
+        self._calls: Counter[tuple[str, int]] = Counter()
         self._contexts: list[str] = []
         self._warned = False
-        self._tap = _BoundaryTap(find_blocks(self.denoiser) if boundary == "blocks" else [])
+        self._boundaries = [_BoundaryTap(find_blocks(d) if boundary == "blocks" else []) for d in self.denoisers]
 
-        attach(self.denoiser, _DenoiserHook(self), self._name)
-        for block, hook in self._tap.hooks():
-            attach(block.module, hook, self._name)
+        for number, (denoiser, tap) in enumerate(zip(self.denoisers, self._boundaries, strict=True)):
+            attach(denoiser, _DenoiserHook(self, number), self._name)
+            for block, hook in tap.hooks():
+                attach(block.module, hook, self._name)
         self._taps = [
             listen(self.scheduler, "set_timesteps", self._began),
             listen(self.scheduler, "step", self._stepped),
             listen(pipeline, "progress_bar", self._follow_bar),
+            *(listen(d, "cache_context", self._in_context) for d in self.denoisers if hasattr(d, "cache_context")),
         ]
-        if hasattr(self.denoiser, "cache_context"):
-            self._taps.append(listen(self.denoiser, "cache_context", self._in_context))
 
     def close(self) -> None:
         """Takes every hook and wrapper off again."""
         _running.remove(self)
         for leave in self._taps:
             leave()
-        for block, _ in self._tap.hooks():
-            detach(block.module, self._name)
-        detach(self.denoiser, self._name)
+        for denoiser, tap in zip(self.denoisers, self._boundaries, strict=True):
+            for block, _ in tap.hooks():
+                detach(block.module, self._name)
+            detach(denoiser, self._name)
 
-    def on_call(self, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """A denoiser call, inside a generation of this pipeline or not."""
-        if self._step is None or not _running.is_latest(self):
+    def on_call(self, denoiser: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """A call of one of the denoisers, inside a generation of this pipeline or not."""
+        if self._step is None or not _running.is_latest(self, denoiser):
             self._check_scheduler()
             return forward(*args, **kwargs)
         name = self._contexts[-1] if self._contexts else ""
-        number = self._calls.get(name, 0)
-        self._calls[name] = number + 1
-        call = Call(self._step, (name, number), _input_shape(args, kwargs), self._tap, lambda: forward(*args, **kwargs))
+        branch = Branch(name, self._calls[name, denoiser], denoiser)
+        self._calls[name, denoiser] += 1
+        signature = _signature((*args, *kwargs.values()))
+        call = Call(self._step, branch, signature, self._boundaries[denoiser], lambda: forward(*args, **kwargs))
         return self.observer.call(call)
 
     def _began(self, result: Any, *_: Any, **__: Any) -> Any:
@@ -182,14 +198,16 @@ class _Running(threading.local):
 
     def add(self, watch: Watch) -> None:
         self.remove(watch)
-        self._stacks.setdefault(watch.denoiser, []).append(weakref.ref(watch))
+        for denoiser in watch.denoisers:
+            self._stacks.setdefault(denoiser, []).append(weakref.ref(watch))
 
     def remove(self, watch: Watch) -> None:
-        stack = self._stacks.get(watch.denoiser, [])
-        stack[:] = [ref for ref in stack if ref() not in (watch, None)]
+        for denoiser in watch.denoisers:
+            stack = self._stacks.get(denoiser, [])
+            stack[:] = [ref for ref in stack if ref() not in (watch, None)]
 
-    def is_latest(self, watch: Watch) -> bool:
-        stack = self._stacks.get(watch.denoiser, [])
+    def is_latest(self, watch: Watch, denoiser: int = 0) -> bool:
+        stack = self._stacks.get(watch.denoisers[denoiser], [])
         return bool(stack) and stack[-1]() is watch
 
 
@@ -220,80 +238,86 @@ class _Bar:
 
 
 class _DenoiserHook(ModelHook):  # type: ignore[misc]
-    def __init__(self, watch: Watch) -> None:
+    def __init__(self, watch: Watch, denoiser: int) -> None:
         super().__init__()
-        self.watch = watch
+        self.watch, self.denoiser = watch, denoiser
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.watch.on_call(self.fn_ref.original_forward, args, kwargs)
+        return self.watch.on_call(self.denoiser, self.fn_ref.original_forward, args, kwargs)
 
 
 class _BoundaryTap:
     """Reads the value at the boundary of a full call, or puts a predicted one there.
 
-    Without blocks the boundary is the denoiser's own output.
+    Without blocks the boundary is the denoiser's own output. Several tensors at the boundary are one value, end to end.
     """
 
     def __init__(self, blocks: list[Block]) -> None:
-        self.blocks = blocks
-        self.skipping = False
-        self.replacement: torch.Tensor | None = None
-        self.value: torch.Tensor | None = None
-        self._wrap: Callable[[torch.Tensor], Any] = lambda value: value
-        self._hooks = [(block, _BlockHook(self, block, block is blocks[-1])) for block in blocks]
+        self.reading = self.skipping = False
+        #: What the head reads: what the last block returned, or shall return.
+        self.streams: list[torch.Tensor] = []
+        self._blocks = blocks
+        self._builds: dict[Branch, tuple[list[torch.Size], Assemble | None]] = {}
+        self._hooks = [(block, _BlockHook(self, block)) for block in blocks]
 
     def hooks(self) -> list[tuple[Block, "_BlockHook"]]:
         return self._hooks
 
-    def full(self, forward: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
-        self.value = None
-        output = forward()
-        if self.blocks:
-            value, self.value = self.value, None
-        else:
-            value, self._wrap = _unwrap(output)
-        if not isinstance(value, torch.Tensor):
+    def full(self, branch: Branch, forward: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
+        self.reading = True
+        try:
+            output = forward()
+            tensors, build = (self.streams, None) if self._blocks else take_apart(output)
+        finally:
+            self.reading, self.streams = False, []
+        if not tensors:
             raise RuntimeError("the denoiser returned without running its last transformer block.")
-        return output, value
+        self._builds[branch] = [tensor.shape for tensor in tensors], build
+        return output, pack(tensors)
 
-    def predicted(self, forward: Callable[[], Any], value: torch.Tensor) -> Any:
-        if not self.blocks:
-            return self._wrap(value)
-        self.skipping, self.replacement = True, value
+    def predicted(self, branch: Branch, forward: Callable[[], Any], value: torch.Tensor) -> Any:
+        shapes, build = self._builds[branch]
+        tensors = unpack(value, shapes)
+        if build is not None:
+            return build(iter(tensors))
+        self.skipping, self.streams = True, tensors
         try:
             return forward()
         finally:
-            self.skipping, self.replacement = False, None
+            self.skipping, self.streams = False, []
 
 
 class _BlockHook(ModelHook):  # type: ignore[misc]
-    def __init__(self, tap: _BoundaryTap, block: Block, last: bool) -> None:
+    def __init__(self, tap: _BoundaryTap, block: Block) -> None:
         super().__init__()
-        self.tap, self.block, self.last = tap, block, last
+        self.tap, self.block = tap, block
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.tap.skipping:
-            return self.block.skipped(args, kwargs, self.tap.replacement if self.last else None)
+            return self.block.skipped(args, kwargs, self.tap.streams if self.block.head else [])
         output = self.fn_ref.original_forward(*args, **kwargs)
-        if self.last:
-            self.tap.value = self.block.hidden(output)
+        if self.tap.reading and self.block.head:
+            self.tap.streams = self.block.streams(output)
         return output
 
 
-def _input_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    sample = next((v for v in (*args, *kwargs.values()) if isinstance(v, torch.Tensor)), None)
-    return () if sample is None else (tuple(sample.shape), sample.dtype, sample.device)
+def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
+    """What a denoiser's inputs have in common with those that a cached value fits.
 
-
-def _unwrap(output: Any) -> tuple[Any, Callable[[torch.Tensor], Any]]:
-    """The tensor in what a denoiser returned, and how to return another one in the same manner.
-
-    The manner is remembered without the tensor, so that it keeps no memory alive.
+    Shapes of all, for a value may have the length of the text in it; the dtype of the first alone, which is what is
+    denoised: that of a timestep changes in HunyuanVideo from step 0 to 1, without any effect.
     """
-    if isinstance(output, torch.Tensor):
-        return output, lambda value: value
-    if isinstance(output, tuple):
-        rest = output[1:]
-        return output[0], lambda value: (value, *rest)
-    kind, (name, *_) = type(output), output.keys()
-    return output[0], lambda value: kind(**{name: value})
+    found = list(_tensors(values))
+    return (*(tuple(tensor.shape) for tensor in found), *((found[0].dtype, found[0].device) if found else ()))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    """Those among the values and in lists of them.
+
+    Not in dicts: pipelines keep things there that come and go without any effect on what is computed.
+    """
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
