@@ -25,12 +25,15 @@ def test_cost_is_the_mean_over_inputs_and_branches(flux):
         branches = run.complete_branches()
         assert len(branches) == 2
         costs += [dpcache.paper_cost(values) for values in branches]
-    np.testing.assert_allclose(calibration.cost, np.mean(costs, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(calibration.cost("paper"), np.mean(costs, axis=0), rtol=1e-12)
+    sigmas = flux.scheduler.sigmas.double()
+    np.testing.assert_allclose(calibration.influence, sigmas[:-1] - sigmas[1:], rtol=1e-3)
     facts = calibration.facts
     assert (facts.num_inputs, facts.num_branches, facts.num_inference_steps) == (2, 2, STEPS)
     assert facts.timesteps == tuple(flux.scheduler.timesteps.tolist())
     again = dpcache.calibrate(flux, PROMPTS, seed=3, progress=False, **guided)
-    np.testing.assert_array_equal(again.cost, calibration.cost)
+    for method in ("sampler", "paper"):
+        np.testing.assert_array_equal(again.cost(method), calibration.cost(method))
 
 
 def test_inputs_may_be_dicts_that_bring_their_own_generator(flux):
@@ -38,7 +41,7 @@ def test_inputs_may_be_dicts_that_bring_their_own_generator(flux):
     state = generator.get_state()
     by_dict = dpcache.calibrate(flux, [{"prompt": PROMPT, "generator": generator}], progress=False, **QUICK)
     by_seed = dpcache.calibrate(flux, [PROMPT], seed=7, progress=False, **QUICK)
-    np.testing.assert_array_equal(by_dict.cost, by_seed.cost)
+    np.testing.assert_array_equal(by_dict.cost(), by_seed.cost())
     assert torch.equal(generator.get_state(), state)
 
 

@@ -6,10 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler, EulerDiscreteScheduler, FlowMatchEulerDiscreteScheduler
 from hypothesis import given
 from hypothesis import strategies as st
 
 import dpcache
+from dpcache.costs import sampler_cost, step_influence
 from dpcache.predictors import taylor_coefficients
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -48,6 +50,54 @@ def test_cost_is_the_same_from_a_torch_tensor_in_half_precision():
     from_full = dpcache.paper_cost(features.to(torch.float64).numpy())
     finite = np.isfinite(from_full)
     np.testing.assert_allclose(from_half[finite], from_full[finite], rtol=1e-5)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2, 3])
+def test_sampler_cost_follows_its_definition_entry_by_entry(order):
+    rng = np.random.default_rng(order)
+    steps, runs = 12, 3
+    received = rng.normal(size=(runs, steps, 40)).cumsum(axis=1)
+    influence = rng.random(steps)
+    gram = np.einsum("rtd,rsd->rts", received, received) / 40
+    cost = sampler_cost(gram, influence, order)
+    for i, j in [(0, 0), (0, 1), (0, 4), (1, 2), (3, 6), (9, 11)]:
+        history = [*range(max(i - order + 1, 0), i + 1), j] if i < j and order else [j]
+        total = 0.0
+        for k in range(j + 1, steps + 1):
+            assert cost[i, j, k] == pytest.approx(total, rel=1e-6, abs=1e-9)
+            if k < steps:  # step k is skipped by every longer hop
+                prediction = np.einsum("a,rad->rd", taylor_coefficients(history, k, order), received[:, history])
+                rms = np.sqrt(((prediction - received[:, k]) ** 2).mean(axis=1))
+                total += influence[k] * rms.mean()
+    assert np.isinf(cost[5, 5, :]).all() and np.isinf(cost[2, 6, :7]).all() and np.isinf(cost[7, 3, :]).all()
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), lambda s, n: s.sigmas[n] - s.sigmas[n + 1]),
+        (EulerDiscreteScheduler(), lambda s, n: s.sigmas[n] - s.sigmas[n + 1]),
+        (DDIMScheduler(clip_sample=False), lambda s, n: ddim_factor(s, n)),
+    ],
+    ids=["flow-euler", "euler", "ddim"],
+)
+def test_influence_is_exact_where_a_step_is_linear(scheduler, expected):
+    scheduler.set_timesteps(10)
+    sample = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for n, t in enumerate(scheduler.timesteps):
+        output = torch.randn(sample.shape, generator=torch.Generator().manual_seed(n + 1))
+        after = scheduler.step(output, t, sample, return_dict=False)[0]
+        assert step_influence(output, sample, after) == pytest.approx(abs(float(expected(scheduler, n))), rel=1e-3)
+        sample = after
+
+
+def ddim_factor(scheduler, n):
+    """What DDIM multiplies the predicted noise by (Song et al. 2020, equation 12, eta = 0)."""
+    t = int(scheduler.timesteps[n])
+    before = t - scheduler.config.num_train_timesteps // scheduler.num_inference_steps
+    a = scheduler.alphas_cumprod[t]
+    b = scheduler.alphas_cumprod[before] if before >= 0 else scheduler.final_alpha_cumprod
+    return (1 - b).sqrt() - (b / a).sqrt() * (1 - a).sqrt()
 
 
 def test_cost_rejects_what_it_cannot_measure():

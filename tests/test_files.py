@@ -1,5 +1,6 @@
 """Schedule and calibration files: what is written is read back, and nothing else is."""
 
+import dataclasses
 import json
 import pickle
 import struct
@@ -35,7 +36,10 @@ def calibration() -> dpcache.Calibration:
         num_inputs=1,
         num_branches=1,
     )
-    return dpcache.Calibration(dpcache.paper_cost(features), facts)
+    gram = features @ features.T / features.shape[1]
+    return dpcache.Calibration(
+        facts=facts, paper_cost=dpcache.paper_cost(features), gram=gram[None], influence=np.linspace(0.1, 0.2, 20)
+    )
 
 
 @given(st.data())
@@ -53,14 +57,26 @@ def test_schedule_round_trip(data):
 def test_calibration_round_trip_and_plan(calibration, tmp_path):
     calibration.save(tmp_path / "c.safetensors")
     loaded = dpcache.Calibration.load(tmp_path / "c.safetensors")
-    np.testing.assert_array_equal(loaded.cost, calibration.cost)
+    for method in ("sampler", "paper"):
+        np.testing.assert_array_equal(loaded.cost(method), calibration.cost(method))
     assert loaded.facts == calibration.facts
     schedule = loaded.plan(num_key_steps=7, max_gap=5)
-    best = dpcache.plan(calibration.cost, 7, max_gap=5)
+    best = dpcache.plan(calibration.cost(), 7, max_gap=5)
     assert schedule.key_steps == best.key_steps
     assert schedule.cost == best.cost
     assert (schedule.model, schedule.boundary, schedule.order) == (MODEL, "blocks", 2)
-    assert loaded.plan_all()[7] == dpcache.plan(calibration.cost, 7)
+    assert loaded.plan_all()[7] == dpcache.plan(calibration.cost(), 7)
+    by_paper = loaded.plan(num_key_steps=7, method="paper", max_gap=5)
+    assert by_paper.key_steps == dpcache.plan(calibration.paper_cost, 7, max_gap=5).key_steps != schedule.key_steps
+
+
+def test_method_is_checked(calibration):
+    with pytest.raises(dpcache.CalibrationError, match='"sampler" or "paper"'):
+        calibration.plan(7, method="magic")
+    unseen = dataclasses.replace(calibration, gram=np.empty((0, 20, 20)))
+    with pytest.raises(dpcache.CalibrationError, match='plan with method="paper"'):
+        unseen.plan(7)
+    assert unseen.plan(7, method="paper") == calibration.plan(7, method="paper")
 
 
 @pytest.fixture

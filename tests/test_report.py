@@ -80,7 +80,12 @@ def calibration() -> Calibration:
         num_inputs=5,
         num_branches=1,
     )
-    return Calibration(np.load(REFERENCE / "flux1_dev_t50_cost.npz")["cost"], facts)
+    return published(facts, np.load(REFERENCE / "flux1_dev_t50_cost.npz")["cost"])
+
+
+def published(facts: Facts, cost: np.ndarray) -> Calibration:
+    """A calibration of which only the paper's cost is known."""
+    return Calibration(facts=facts, paper_cost=cost, gram=np.empty((0, STEPS, STEPS)), influence=np.zeros(STEPS))
 
 
 def comparison(schedule, noise, shape=(32, 32, 3), prompts=PROMPTS) -> Comparison:
@@ -101,7 +106,9 @@ def comparison(schedule, noise, shape=(32, 32, 3), prompts=PROMPTS) -> Compariso
 
 @pytest.fixture(scope="module")
 def comparisons(calibration) -> list[Comparison]:
-    return [comparison(calibration.plan(keys, max_gap=15), noise) for keys, noise in ((13, 0.02), (9, 0.05))]
+    return [
+        comparison(calibration.plan(keys, max_gap=15, method="paper"), noise) for keys, noise in ((13, 0.02), (9, 0.05))
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +119,8 @@ def written(calibration, comparisons, tmp_path_factory) -> Path:
         model="FLUX.1-dev",
         calibration=calibration,
         comparisons=comparisons,
-        plans=calibration.plan_all(max_gap=15),
+        plans=calibration.plan_all(max_gap=15, method="paper"),
+        method="paper",
         facts={"Hardware": "a <fast> machine"},
     )
 
@@ -129,7 +137,8 @@ def write(path, calibration, comparisons, plans=None) -> Page:
         model="m",
         calibration=calibration,
         comparisons=comparisons,
-        plans=calibration.plan_all(max_gap=15) if plans is None else plans,
+        plans=calibration.plan_all(max_gap=15, method="paper") if plans is None else plans,
+        method="paper",
     )
     return Page(written)
 
@@ -233,7 +242,7 @@ def test_plots_follow_the_page_colours_and_mark_every_hop(page, comparisons):
 
 
 def test_all_identical_and_blocks_unknown(calibration, tmp_path):
-    schedule = calibration.plan(13, max_gap=15)
+    schedule = calibration.plan(13, max_gap=15, method="paper")
     same = comparison(schedule, 0.0)
     page = write(tmp_path, calibration, [Comparison(schedule, same.samples, (1.0,), (1.0,), 0, 0)])
     row = page.find("tr", role="row")[1][1]
@@ -242,14 +251,14 @@ def test_all_identical_and_blocks_unknown(calibration, tmp_path):
 
 
 def test_a_percentile_next_to_identical_pictures_stays_a_number(calibration, tmp_path):
-    schedule = calibration.plan(13, max_gap=15)
+    schedule = calibration.plan(13, max_gap=15, method="paper")
     page = write(tmp_path, calibration, [comparison(schedule, 0.1, prompts=PROMPTS[:2])])
     worst = comparison(schedule, 0.1).samples[1].psnr
     assert page.find("td", class_="figure")[1][1] == f"{worst:.1f} dB"
 
 
 def test_clips_play_and_have_a_still(calibration, tmp_path):
-    schedule = calibration.plan(13, max_gap=15)
+    schedule = calibration.plan(13, max_gap=15, method="paper")
     clips = comparison(schedule, 0.05, shape=(5, 16, 24, 3), prompts=PROMPTS[:2])
     page = write(tmp_path, calibration, [clips])
     moving = [decoded(attributes["src"]) for attributes, _ in page.find("img")]
@@ -262,7 +271,7 @@ def test_clips_play_and_have_a_still(calibration, tmp_path):
 
 
 def test_same_number_of_key_steps_twice_and_hops_without_cost(calibration, tmp_path):
-    schedules = [calibration.plan(10, max_gap=15), Schedule.uniform(10, STEPS)]
+    schedules = [calibration.plan(10, max_gap=15, method="paper"), Schedule.uniform(10, STEPS)]
     page = write(tmp_path, calibration, [comparison(schedule, 0.05) for schedule in schedules])
     names = ["K = 10, planned", "K = 10, uniform"]
     assert [text for _, text in page.find("h3")][-2:] == names == schedule_names(schedules)
@@ -272,8 +281,8 @@ def test_same_number_of_key_steps_twice_and_hops_without_cost(calibration, tmp_p
 
 
 def test_path_cost_is_what_the_planner_adds_up(calibration):
-    for keys, plan in calibration.plan_all(max_gap=15).items():
-        assert path_cost(calibration.cost, plan.key_steps) == pytest.approx(plan.cost, rel=1e-12), keys
+    for keys, plan in calibration.plan_all(max_gap=15, method="paper").items():
+        assert path_cost(calibration.paper_cost, plan.key_steps) == pytest.approx(plan.cost, rel=1e-12), keys
 
 
 def test_without_a_calibration_the_page_says_nothing_of_costs(comparisons, tmp_path):
@@ -284,8 +293,8 @@ def test_without_a_calibration_the_page_says_nothing_of_costs(comparisons, tmp_p
 
 
 def test_costs_all_zero_and_no_plans(calibration, tmp_path):
-    flat = Calibration(np.zeros_like(calibration.cost), calibration.facts)
-    page = write(tmp_path, flat, [comparison(flat.plan(13), 0.05)], plans={})
+    flat = published(calibration.facts, np.zeros_like(calibration.paper_cost))
+    page = write(tmp_path, flat, [comparison(flat.plan(13, method="paper"), 0.05)], plans={})
     assert len(page.find("svg", class_="plot")) == 2
     assert page.find("table", class_="plans") == []
 
@@ -328,7 +337,8 @@ def test_user_settings_of_matplotlib_are_left_alone(calibration, comparisons, tm
             model="FLUX.1-dev",
             calibration=calibration,
             comparisons=comparisons,
-            plans=calibration.plan_all(max_gap=15),
+            plans=calibration.plan_all(max_gap=15, method="paper"),
+            method="paper",
             facts={"Hardware": "a <fast> machine"},
         )
         assert matplotlib.rcParams["font.size"] == 30

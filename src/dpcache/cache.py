@@ -12,7 +12,7 @@ import torch
 from .denoisers import find_denoisers, identify
 from .errors import CacheStateError, ScheduleMismatchError
 from .schedule import Schedule, Term
-from .watch import Branch, Call, Watch
+from .watch import Branch, Call, Moved, Watch
 
 
 @dataclass
@@ -180,7 +180,7 @@ class _Cache:
             self._stats.peak_cached_bytes = max(self._stats.peak_cached_bytes, self.stats().cached_bytes)
         return output
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int, moved: Moved) -> None:
         for ring in self._rings.values():
             for key in [key for key in ring.values if self._last_use[key] <= step]:
                 del ring.values[key]

@@ -2,28 +2,32 @@
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from functools import cached_property
+from typing import Any, Literal, Self
 
 import numpy as np
+import numpy.typing as npt
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
-from .costs import CostTensor, paper_cost
+from .costs import CostTensor, paper_cost, sampler_cost
 from .denoisers import check_boundary, find_denoisers, identify
 from .errors import CalibrationError, FileFormatError
 from .files import MAKERS, read_bytes, write_whole
 from .inputs import Input, call_arguments, seeded
 from .planner import Plan, plan, plan_all
-from .recording import record
+from .recording import RecordedRun, record
 from .schedule import Boundary, ModelIdentity, Schedule
 
 FORMAT = "dpcache.calibration"
 VERSION = "1"
+
+_TENSORS = ("paper_cost", "gram", "influence")
 
 
 class Facts(BaseModel):
@@ -42,29 +46,68 @@ class Facts(BaseModel):
     num_branches: int = Field(ge=1, description="Denoiser calls per step.")
 
 
+#: How a cost tensor judges an error: by what the sampler does with it, or as the paper does.
+Method = Literal["sampler", "paper"]
+
+
 @dataclass(frozen=True)
 class Calibration:
-    """The measured cost of predicting instead of computing, for one model and one sampling grid.
+    """What was measured of predicting instead of computing, for one model and one sampling grid.
 
     Attributes:
-        cost: float64 [T, T+1, T+1], indexed [i, j, k] (see `dpcache.costs`), mean over inputs and branches.
         facts: what it was measured on.
+        paper_cost: float64 [T, T+1, T+1], the paper's cost tensor of the values at the boundary, mean over inputs and
+            branches (see `costs.paper_cost`).
+        gram: float64 [inputs, T, T], mean products of what the scheduler received at every two steps; no inputs where
+            that could not be seen.
+        influence: float64 [T], how far the scheduler moves the sample per unit of it (see `costs.step_influence`).
     """
 
-    cost: CostTensor
     facts: Facts
+    paper_cost: CostTensor
+    gram: npt.NDArray[np.float64]
+    influence: npt.NDArray[np.float64]
+
+    def cost(self, method: Method = "sampler") -> CostTensor:
+        """The cost tensor, float64 [T, T+1, T+1] indexed [i, j, k].
+
+        Args:
+            method: `"sampler"`, RMS errors of what the scheduler receives, weighted by how far it moves on them (see
+                `costs.sampler_cost`); or `"paper"`, mean absolute errors of the values at the boundary.
+
+        Raises:
+            CalibrationError: the method is unknown, or the scheduler's steps could not be seen while calibrating.
+        """
+        if method == "paper":
+            return self.paper_cost
+        if method != "sampler":
+            raise CalibrationError(f'method must be "sampler" or "paper", got {method!r}.')
+        if not len(self.gram):
+            raise CalibrationError(
+                f"what {self.facts.scheduler} was given at every step could not be seen while calibrating "
+                f'{self.facts.pipeline}: plan with method="paper".'
+            )
+        return self._sampler_cost
+
+    @cached_property
+    def _sampler_cost(self) -> CostTensor:
+        return sampler_cost(self.gram, self.influence, self.facts.order)
 
     def plan(
         self,
         num_key_steps: int,
         *,
+        method: Method = "sampler",
         first_key_steps: int = 3,
         last_key_steps: int = 0,
         max_gap: int | None = None,
     ) -> Schedule:
-        """The best schedule with this many key steps; arguments and errors as `dpcache.plan`."""
+        """The best schedule with this many key steps.
+
+        `method` is as in `cost`; the other arguments and the errors as in `dpcache.plan`.
+        """
         found = plan(
-            self.cost,
+            self.cost(method),
             num_key_steps,
             first_key_steps=first_key_steps,
             last_key_steps=last_key_steps,
@@ -77,20 +120,27 @@ class Calibration:
             boundary=self.facts.boundary,
             model=self.facts.model,
             cost=found.cost,
-            source=f"planned from a calibration on {self.facts.num_inputs} inputs of {self.facts.pipeline}",
+            source=f"planned by {method} cost from {self.facts.num_inputs} calibration inputs",
         )
 
     def plan_all(
-        self, *, first_key_steps: int = 3, last_key_steps: int = 0, max_gap: int | None = None
+        self,
+        *,
+        method: Method = "sampler",
+        first_key_steps: int = 3,
+        last_key_steps: int = 0,
+        max_gap: int | None = None,
     ) -> dict[int, Plan]:
         """{K: Plan} for every feasible number of key steps: the whole trade-off, without the schedules."""
-        return plan_all(self.cost, first_key_steps=first_key_steps, last_key_steps=last_key_steps, max_gap=max_gap)
+        return plan_all(
+            self.cost(method), first_key_steps=first_key_steps, last_key_steps=last_key_steps, max_gap=max_gap
+        )
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Writes the calibration as safetensors, whole or not at all."""
         facts = self.facts.model_dump_json()
-        tensors = {"cost": np.ascontiguousarray(self.cost)}
-        metadata = {"format": FORMAT, "version": VERSION, "facts": facts, "digest": _digest(facts, self.cost)}
+        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
+        metadata = {"format": FORMAT, "version": VERSION, "facts": facts, "digest": _digest(facts, tensors)}
         write_whole(path, lambda part: save_file(tensors, part, metadata=metadata))
 
     @classmethod
@@ -104,25 +154,25 @@ class Calibration:
         remedy = f"Make it anew with {MAKERS['calibration']}."
         data = read_bytes(path, "calibration")
         try:
-            cost = load_tensors(data).get("cost")
+            tensors = load_tensors(data)
             with safe_open(path, framework="numpy") as file:
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise FileFormatError(f"{path} is not a whole safetensors file ({error}). {remedy}") from error
-        if metadata.get("format") != FORMAT or cost is None:
+        if metadata.get("format") != FORMAT or set(tensors) != set(_TENSORS):
             raise FileFormatError(f"{path} is not a dpcache calibration. {remedy}")
         if metadata.get("version") != VERSION:
             raise FileFormatError(
                 f"{path} is a calibration of format version {metadata.get('version')}; this release reads version "
                 f"{VERSION}. {remedy}"
             )
-        if metadata.get("digest") != _digest(metadata.get("facts", ""), cost):
+        if metadata.get("digest") != _digest(metadata.get("facts", ""), tensors):
             raise FileFormatError(f"{path} was edited after it was written: its digest does not match. {remedy}")
         try:
             facts = Facts.model_validate_json(metadata["facts"])
         except ValidationError as error:
             raise FileFormatError(f"{path} is not a valid calibration: {error.errors()[0]['msg']}. {remedy}") from error
-        return cls(cost=cost, facts=facts)
+        return cls(facts=facts, **tensors)
 
 
 def calibrate(
@@ -160,8 +210,10 @@ def calibrate(
     calls = call_arguments(inputs, defaults)
     denoisers = find_denoisers(pipeline)
     check_boundary(denoisers, boundary)
-    total: CostTensor | None = None
+    paper: CostTensor | None = None
     branches = 0
+    grams: list[npt.NDArray[np.float64]] = []
+    influences: list[npt.NDArray[np.float64]] = []
     with tqdm(total=len(calls) * num_inference_steps, desc="calibrate", unit="step", disable=not progress) as bar:
         for number, call in enumerate(calls):
             try:
@@ -171,22 +223,21 @@ def calibrate(
                     boundary=boundary,
                     on_step=lambda _: bar.update(),
                 )
+                costs = _paper_costs(run, order)
             except CalibrationError as error:
                 raise CalibrationError(f"input {number}: {error}") from error
-            costs = [paper_cost(values, order) for values in run.complete_branches()]
-            if not costs:
+            paper = np.zeros_like(costs[0]) if paper is None else paper
+            if costs[0].shape != paper.shape:
                 raise CalibrationError(
-                    f"input {number}: no denoiser call was made at every one of the {run.num_steps} steps, so there is "
-                    "no whole trajectory to measure. Calibrate with guidance on throughout and from the first step."
-                )
-            if total is not None and costs[0].shape != total.shape:
-                raise CalibrationError(
-                    f"input {number} ran {run.num_steps} steps and those before it {total.shape[0]}: give every input "
+                    f"input {number} ran {run.num_steps} steps and those before it {len(paper)}: give every input "
                     "the same number of steps."
                 )
-            total = sum(costs, total if total is not None else np.zeros_like(costs[0]))
+            paper = sum(costs, start=paper)
             branches += len(costs)
-    assert total is not None
+            if (gram := run.gram()) is not None:
+                grams.append(gram.numpy())
+                influences.append(np.array([run.influence[t] for t in range(run.num_steps)]))
+    assert paper is not None  # there is at least one call
     facts = Facts(
         num_inference_steps=run.num_steps,
         boundary=boundary,
@@ -198,8 +249,26 @@ def calibrate(
         num_inputs=len(calls),
         num_branches=len(costs),
     )
-    return Calibration(cost=total / branches, facts=facts)
+    seen = len(grams) == len(calls)
+    return Calibration(
+        facts=facts,
+        paper_cost=paper / branches,
+        gram=np.stack(grams) if seen else np.empty((0, run.num_steps, run.num_steps)),
+        influence=np.mean(influences, axis=0) if seen else np.zeros(run.num_steps),
+    )
 
 
-def _digest(facts: str, cost: CostTensor) -> str:
-    return hashlib.sha256(facts.encode() + np.ascontiguousarray(cost).tobytes()).hexdigest()
+def _paper_costs(run: RecordedRun, order: int) -> list[CostTensor]:
+    """The paper's cost tensor of every branch."""
+    costs = [paper_cost(values, order) for values in run.complete_branches()]
+    if not costs:
+        raise CalibrationError(
+            f"no denoiser call was made at every one of the {run.num_steps} steps, so there is no whole trajectory to "
+            "measure. Calibrate with guidance on throughout and from the first step."
+        )
+    return costs
+
+
+def _digest(facts: str, tensors: Mapping[str, npt.NDArray[np.float64]]) -> str:
+    data = facts.encode() + b"".join(tensors[name].tobytes() for name in _TENSORS)
+    return hashlib.sha256(data).hexdigest()

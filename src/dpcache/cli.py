@@ -92,6 +92,10 @@ def plan(
     calibration: Annotated[Path, typer.Argument(help="A calibration file.")],
     num_key_steps: Annotated[int, typer.Option("--key-steps", "-k", help="K: steps to compute in full.")],
     output: Output = Path("schedule.json"),
+    method: Annotated[
+        Literal["sampler", "paper"],
+        typer.Option(help="How errors are judged: by what the sampler does with them, or as in the paper."),
+    ] = "sampler",
     first: Annotated[int, typer.Option("--first", help="So many first steps are key steps.")] = 3,
     last: Annotated[int, typer.Option("--last", help="So many last steps are key steps.")] = 0,
     max_gap: Annotated[int | None, typer.Option(help="Longest way from a key step to the next.")] = None,
@@ -100,7 +104,7 @@ def plan(
     from .calibration import Calibration
 
     schedule = Calibration.load(calibration).plan(
-        num_key_steps, first_key_steps=first, last_key_steps=last, max_gap=max_gap
+        num_key_steps, method=method, first_key_steps=first, last_key_steps=last, max_gap=max_gap
     )
     schedule.save(output)
     out.print(f"wrote {output}: {schedule}, cost {schedule.cost:.4g}, up to {schedule.ideal_speedup:.2f}x faster")

@@ -76,6 +76,56 @@ def paper_cost(
     return cost
 
 
+def sampler_cost(gram: npt.NDArray[np.float64], influence: npt.NDArray[np.float64], order: int = 2) -> CostTensor:
+    """Cost tensor that knows the sampler: what errors of prediction do to the sample.
+
+    The error of one skipped step is the RMS error of the prediction of what the scheduler receives, times how far the
+    scheduler moves the sample on it; `cost[i, j, k]` sums it over the skipped steps j+1 .. k-1 and averages over runs.
+    The errors follow in closed form from products of what was received at every two steps. The history of a prediction
+    is that of the paper, the consecutive steps up to i, then j, and shorter where the run has just begun.
+
+    Args:
+        gram: [runs, T, T], mean products (see `RecordedRun.gram`).
+        influence: [T], weights of the steps (see `step_influence`).
+        order: order of the Taylor prediction, 0 or more.
+
+    Returns:
+        float64 array [T, T+1, T+1] indexed [i, j, k], infinite for i >= j > 0 and k <= j.
+    """
+    steps = len(influence)
+    cost = np.full((steps, steps + 1, steps + 1), np.inf)
+    power = np.diagonal(gram, axis1=1, axis2=2)  # [runs, T]
+    for j in range(steps):
+        targets = np.arange(j + 1, steps)
+        for i in range(max(j, 1)):
+            keys = [*range(max(i - order + 1, 0), i + 1), j] if i < j and order else [j]
+            differences = backward_differences(keys, order)
+            c = taylor_weights(targets - j, len(differences) - 1) @ differences  # [targets, keys]
+            crossed = gram[:, targets[:, None], keys]
+            among = gram[:, np.array(keys)[:, None], keys]
+            square = power[:, targets] - 2 * (crossed * c).sum(axis=2) + np.einsum("ta,sab,tb->st", c, among, c)
+            errors = np.sqrt(np.maximum(square, 0)).mean(axis=0) * influence[targets]
+            cost[i, j, j + 1] = 0.0
+            cost[i, j, j + 2 :] = np.cumsum(errors)
+    return cost
+
+
+def step_influence(received: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
+    """How far one step of a scheduler moves the sample per unit of the model output that it is given.
+
+    `after` is fitted as a x before + b x received by least squares, and |b| returned: exact wherever a step is linear
+    in its sample and model output (Euler, flow Euler, DDIM: all but rounding), the best linear account otherwise.
+    """
+    x, o, y = (tensor.detach().double().flatten() for tensor in (before, received, after))
+    products = torch.stack([x, o]) @ torch.stack([x, o, y]).T  # one transfer from the device
+    (xx, xo, xy), (_, oo, oy) = products.tolist()
+    determinant = xx * oo - xo * xo
+    # Sample and output along one line: the share of each is unknown, and the output may have moved all of it.
+    if determinant > 1e-12 * xx * oo:
+        return float(abs(xx * oy - xo * xy) / determinant)
+    return float(abs(oy - xo) / oo) if oo else 0.0
+
+
 def _prediction_errors(truth: torch.Tensor, histories: list[list[int]], order: int) -> npt.NDArray[np.float64]:
     """Mean absolute errors [histories, steps after their common last key] of predicting `truth` [steps, D]."""
     last_key = histories[0][-1]

@@ -7,6 +7,7 @@ predict the value at a step that is skipped. The answer depends on step indices 
 from collections.abc import Sequence
 from itertools import pairwise
 from math import factorial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -58,7 +59,7 @@ def taylor_coefficients(keys: Sequence[int], step: int, order: int = 2) -> Coeff
     return coefficients
 
 
-def taylor_weights(ahead: Sequence[int], order: int) -> Coefficients:
+def taylor_weights(ahead: "Sequence[int] | npt.NDArray[np.integer[Any]]", order: int) -> Coefficients:
     """float64 [steps ahead, m]: what the difference of order m is multiplied by, d^m / m! for d steps ahead."""
     distance = np.asarray(ahead, dtype=np.float64)[:, None]
     orders = np.arange(order + 1)

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 
 from .cache import require_disabled
+from .costs import step_influence
 from .errors import CalibrationError
 from .schedule import Boundary
-from .watch import Branch, Call, Watch
+from .watch import Branch, Call, Moved, Watch
 
 
 @dataclass
@@ -21,12 +22,16 @@ class RecordedRun:
         num_steps: T, the steps its sampling loop took.
         timesteps: float64 [T], the scheduler's grid.
         values: per branch, the value at the boundary at every step it was called, step -> tensor in host memory.
+        received: what the scheduler was given at every step, after guidance, step -> float32 [D] in host memory.
+        influence: how far the scheduler moved the sample per unit of what it was given (see `costs.step_influence`).
         output: what the pipeline returned.
     """
 
     num_steps: int = 0
     timesteps: tuple[float, ...] = ()
     values: dict[Branch, dict[int, torch.Tensor]] = field(default_factory=dict)
+    received: dict[int, torch.Tensor] = field(default_factory=dict)
+    influence: dict[int, float] = field(default_factory=dict)
     output: Any = None
 
     def complete_branches(self) -> list[torch.Tensor]:
@@ -42,6 +47,13 @@ class RecordedRun:
             for steps in joined.values()
             if len(steps) == self.num_steps and len({value.shape for value in steps.values()}) == 1
         ]
+
+    def gram(self) -> torch.Tensor | None:
+        """float64 [T, T]: mean product of what the scheduler received at every two steps; None if that is not known."""
+        if len(self.received) < self.num_steps:
+            return None
+        received = torch.stack([self.received[t] for t in range(self.num_steps)]).double()
+        return received @ received.T / received.shape[1]
 
 
 def record(
@@ -89,7 +101,8 @@ class _Recorder:
 
     def begin(self, num_steps: int) -> None:
         self.run.num_steps = num_steps
-        self.run.values.clear()
+        for recorded in (self.run.values, self.run.received, self.run.influence):
+            recorded.clear()
 
     def call(self, call: Call) -> Any:
         output, value = call.full()
@@ -103,7 +116,12 @@ class _Recorder:
         self.run.values.setdefault(call.branch, {})[call.step] = host
         return output
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int, moved: Moved) -> None:
+        given, before, after = moved.received, moved.before, moved.after
+        seen = all(isinstance(tensor, torch.Tensor) for tensor in (given, before, after))
+        if seen and given.shape == before.shape == after.shape:
+            self.run.received[step] = given.detach().to("cpu", torch.float32, copy=True).flatten()
+            self.run.influence[step] = step_influence(given, before, after)
         self.on_step(step)
 
     def end(self) -> None:

@@ -66,6 +66,21 @@ class Call:
         return self._tap.predicted(self.branch, self._forward, value)
 
 
+@dataclass(frozen=True)
+class Moved:
+    """One step of the scheduler, as it was called.
+
+    Attributes:
+        received: the model output it was given, after guidance: a tensor, or what a scheduler of its own kind takes.
+        before: likewise, the sample it started from.
+        after: likewise, the sample it returned.
+    """
+
+    received: Any
+    before: Any
+    after: Any
+
+
 class Observer(Protocol):
     """What watches: the runtime or the recorder."""
 
@@ -75,7 +90,7 @@ class Observer(Protocol):
     def call(self, call: Call) -> Any:
         """A denoiser call; returns what the denoiser should."""
 
-    def end_step(self, step: int) -> None:
+    def end_step(self, step: int, moved: "Moved") -> None:
         """The scheduler has taken a step."""
 
     def end(self) -> None:
@@ -141,9 +156,11 @@ class Watch:
         _running.add(self)
         return result
 
-    def _stepped(self, result: Any, *_: Any, **__: Any) -> Any:
+    def _stepped(self, result: Any, *args: Any, **kwargs: Any) -> Any:
         if self._step is not None and _running.is_latest(self):
-            self.observer.end_step(self._step)
+            # What every scheduler of diffusers calls its arguments: step(model_output, timestep, sample, ...).
+            given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+            self.observer.end_step(self._step, Moved(given.get("model_output"), given.get("sample"), result[0]))
             self._step += 1
             self._calls.clear()
             if self._step == self._num_steps:

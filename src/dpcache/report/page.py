@@ -13,7 +13,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from dpcache import __version__
-from dpcache.calibration import Calibration
+from dpcache.calibration import Calibration, Method
 from dpcache.comparison import Comparison, Sample
 from dpcache.costs import CostTensor
 from dpcache.files import write_whole
@@ -69,6 +69,7 @@ def write_report(
     model: str,
     comparisons: Sequence[Comparison],
     calibration: Calibration | None = None,
+    method: Method = "sampler",
     plans: Mapping[int, Plan] = {},
     facts: Mapping[str, str] = {},
 ) -> Path:
@@ -83,6 +84,7 @@ def write_report(
         model: what was accelerated, as readers know it.
         comparisons: one per schedule, all over the same inputs.
         calibration: what the schedules were planned from; without it the page says nothing of costs.
+        method: by which of the calibration's costs the schedules were planned.
         plans: {K: Plan}, as `calibration.plan_all` gives them, for the curve of cost against K.
         facts: further facts to list at the end, {name: value}.
 
@@ -118,7 +120,8 @@ def write_report(
         schedules={name: comparison.schedule for name, comparison in named.items()},
         plans=dict(sorted(plans.items())),
         facts={**(_calibration_facts(calibration) if calibration else {}), **facts, **_versions()},
-        figures=_figures(calibration, named, plans) if calibration else None,
+        method=method,
+        figures=_figures(calibration.cost(method), named, plans) if calibration else None,
     )
     return write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
 
@@ -263,16 +266,16 @@ def _case(number: int, samples: Mapping[str, Sample], scale: float) -> Case:
 
 
 def _figures(
-    calibration: Calibration, named: Mapping[str, Comparison], plans: Mapping[int, Plan]
+    cost: CostTensor, named: Mapping[str, Comparison], plans: Mapping[int, Plan]
 ) -> dict[str, "Markup | list[str]"]:
     """The two plots, and the schedules that the second cannot show because the calibration has no cost for them."""
     keys = {name: comparison.schedule.key_steps for name, comparison in named.items()}
-    chosen = {name: (len(steps), path_cost(calibration.cost, steps)) for name, steps in keys.items()}
+    chosen = {name: (len(steps), path_cost(cost, steps)) for name, steps in keys.items()}
     costs = "; ".join(f"{name}: {cost:,.4g}" for name, (_, cost) in chosen.items() if math.isfinite(cost))
     about_map = f"Heat map of the cost of every hop between key steps, with the hops of {', '.join(keys)} marked."
     about_curve = f"Curve of cost against the number of key steps. Marked: {costs or 'nothing'}."
     return {
-        "cost_map": Markup(cost_map(calibration.cost, keys, about_map)),
+        "cost_map": Markup(cost_map(cost, keys, about_map)),
         "trade_off": Markup(trade_off(plans, chosen, about_curve)),
         "without_cost": [name for name, (_, cost) in chosen.items() if not math.isfinite(cost)],
     }
