@@ -82,10 +82,10 @@ def pipe() -> Any:
 
 @pytest.fixture(autouse=True)
 def table_as_it_was() -> Iterator[None]:
-    before = dict(denoisers._LAYOUTS)
+    before = dict(denoisers.BLOCK_STACKS)
     yield
-    denoisers._LAYOUTS.clear()
-    denoisers._LAYOUTS.update(before)
+    denoisers.BLOCK_STACKS.clear()
+    denoisers.BLOCK_STACKS.update(before)
 
 
 def draw(pipe: Any) -> torch.Tensor:

@@ -36,7 +36,7 @@ _ENCODER_HIDDEN = ("encoder_hidden_states", "hidden_states")
 
 #: Denoiser class name -> its layout. Blocks that only refine the text or the noise for the main ones run before them
 #: and are skipped with them: at a skipped step nothing reads what they would return.
-_LAYOUTS: dict[str, Layout] = {
+BLOCK_STACKS: dict[str, Layout] = {
     "AuraFlowTransformer2DModel": Layout(
         {"joint_transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN}
     ),
@@ -142,7 +142,7 @@ def register_denoiser(
             f"the head reads {layout.head}, but the last blocks return {last}: name the streams in `head` as the last "
             "stack in `stacks` names them."
         )
-    _LAYOUTS[denoiser if isinstance(denoiser, str) else denoiser.__name__] = layout
+    BLOCK_STACKS[denoiser if isinstance(denoiser, str) else denoiser.__name__] = layout
 
 
 def _names(given: str | Sequence[str]) -> tuple[str, ...]:
@@ -214,13 +214,13 @@ def find_blocks(denoiser: nn.Module) -> list[Block]:
         UnsupportedPipelineError: the class is not in the table, or this model is not built as the table says.
     """
     name = type(denoiser).__name__
-    if name not in _LAYOUTS:
+    if name not in BLOCK_STACKS:
         raise UnsupportedPipelineError(
             f'boundary="blocks" needs to know the transformer blocks of {name}, which are described only for '
-            f'{", ".join(sorted(_LAYOUTS))}. Use boundary="output", which works for any denoiser, or describe its '
+            f'{", ".join(sorted(BLOCK_STACKS))}. Use boundary="output", which works for any denoiser, or describe its '
             "blocks with dpcache.register_denoiser."
         )
-    layout = _LAYOUTS[name]
+    layout = BLOCK_STACKS[name]
     blocks = [
         _block(module, returns, attribute, name)
         for attribute, returns in layout.stacks.items()
