@@ -225,7 +225,7 @@ def test_control_c_leaves_a_checkpoint_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tiny_flux, "Settings", lambda: LITTLE)
-    advance = training._Run.advance
+    advance, handler = training._Run.advance, signal.getsignal(signal.SIGINT)
 
     def interrupted(run: training._Run) -> None:
         advance(run)
@@ -243,4 +243,4 @@ def test_control_c_leaves_a_checkpoint_and_says_so(
     assert len(weights(tmp_path / "pipeline")) > 0
 
     assert train.main([*command, "--restart", "--seed", "1"]) == 0
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is handler
