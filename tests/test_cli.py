@@ -49,7 +49,7 @@ def test_calibrate_plan_generate_compare_show(run):
     Path("prompts.txt").write_text("a small red ring\n\na large blue star\n")
     code, out, _ = run("compare", "tiny-flux", "--prompts", "prompts.txt", "-s", "s.json", "--report", "r.html")
     assert code == 0
-    assert "5 of 12" in out and "dB" in out
+    assert "5 of 12" in out and "PSNR" in out
     assert "a large blue star" in Path("r.html").read_text()
     code, out, _ = run("show", "s.json")
     assert code == 0

@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints."""
 
 import json
+import os
 import sys
 import time
 import traceback
@@ -8,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -59,6 +61,7 @@ def demo(
     """Calibrates a bundled model, plans, draws held-out inputs in full and cached, and writes a report."""
     from .demo import run_demo
 
+    quiet_loading()
     comparisons, report = run_demo(model, output, inputs, say=out.print)
     _print_comparisons(comparisons)
     out.print(f"open {report} in a browser")
@@ -220,10 +223,10 @@ def _show_calibration(calibration: Any) -> None:
 
 
 def _print_comparisons(comparisons: Any) -> None:
-    table = Table("key steps", "blocks run", "speedup", "T/K", "PSNR mean", "5th pct", "worst", "SSIM mean")
+    table = Table("key steps", "blocks run", "speedup", "T/K", "PSNR dB", "5th pct", "worst", "SSIM", box=SIMPLE_HEAD)
     for c in comparisons:
         blocks = f"{c.cached_block_runs} of {c.full_block_runs}" if c.full_block_runs else "not known"
-        decibels = [f"{value:.1f} dB" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
+        decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
         table.add_row(
             f"{c.schedule.num_key_steps} of {c.schedule.num_inference_steps}",
             blocks,
@@ -254,6 +257,8 @@ def _load(model: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
     """The pipeline, and the arguments of its calls: a bundled model's own, then those of --set."""
     from .zoo import BUNDLED, load_pipeline
 
+    if model in BUNDLED:
+        quiet_loading()
     arguments = dict(BUNDLED[model].call_defaults) if model in BUNDLED else {}
     for setting in settings or []:
         name, equals, text = setting.partition("=")
@@ -266,8 +271,19 @@ def _load(model: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
     return load_pipeline(model), arguments
 
 
+def quiet_loading() -> None:
+    """No progress bars for loading what is small; a large model's stay."""
+    import diffusers
+    import transformers
+
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
+
+
 def main() -> None:
     """Runs the command line. Exit codes: 0 done, 1 failed, 2 bad usage, 130 interrupted."""
+    # Advice to developers (which image processor to import, ...) is noise in a terminal.
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     try:
         app()
     except (DPCacheError, OSError, ValueError) as error:
