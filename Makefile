@@ -1,6 +1,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Threads that wait for each other sleep instead of spinning: on a busy machine spinning makes small models crawl.
+export OMP_WAIT_POLICY ?= passive
+export GOMP_SPINCOUNT ?= 0
+
 .PHONY: demo test check clean
 
 demo: .venv/installed  ## calibrate tiny-flux, plan, generate in full and cached, write report.html

@@ -61,7 +61,7 @@ def demo(
     """Calibrates a bundled model, plans, draws held-out inputs in full and cached, and writes a report."""
     from .demo import run_demo
 
-    quiet_loading()
+    settle_small_model()
     comparisons, report = run_demo(model, output, inputs, say=out.print)
     _print_comparisons(comparisons)
     out.print(f"open {report} in a browser")
@@ -223,7 +223,8 @@ def _show_calibration(calibration: Any) -> None:
 
 
 def _print_comparisons(comparisons: Any) -> None:
-    table = Table("key steps", "blocks run", "speedup", "T/K", "PSNR dB", "5th pct", "worst", "SSIM", box=SIMPLE_HEAD)
+    headings = ("key steps", "blocks run", "speedup", "T/K", "PSNR dB", "5th pct", "worst", "SSIM")
+    table = Table(*headings, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for c in comparisons:
         blocks = f"{c.cached_block_runs} of {c.full_block_runs}" if c.full_block_runs else "not known"
         decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
@@ -258,7 +259,7 @@ def _load(model: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
     from .zoo import BUNDLED, load_pipeline
 
     if model in BUNDLED:
-        quiet_loading()
+        settle_small_model()
     arguments = dict(BUNDLED[model].call_defaults) if model in BUNDLED else {}
     for setting in settings or []:
         name, equals, text = setting.partition("=")
@@ -271,10 +272,17 @@ def _load(model: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
     return load_pipeline(model), arguments
 
 
-def quiet_loading() -> None:
-    """No progress bars for loading what is small; a large model's stay."""
+def settle_small_model() -> None:
+    """For a bundled model: no progress bars while loading, and one thread.
+
+    Its layers are so small that a second core gains nothing, and on a busy machine two threads that wait for each other
+    at every layer can take far longer.
+    """
     import diffusers
+    import torch
     import transformers
+
+    torch.set_num_threads(1)
 
     diffusers.utils.logging.disable_progress_bar()
     transformers.utils.logging.disable_progress_bar()
