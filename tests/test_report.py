@@ -17,9 +17,11 @@ from PIL import Image
 from dpcache.calibration import Calibration, Facts
 from dpcache.comparison import Comparison, Sample
 from dpcache.metrics import psnr, ssim
+from dpcache.planner import Plan
 from dpcache.report import write_report
 from dpcache.report.page import path_cost, schedule_names
 from dpcache.report.pictures import LONGEST_SIDE, common_scale, embed
+from dpcache.report.plots import trade_off
 from dpcache.schedule import ModelIdentity, Schedule
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -290,6 +292,13 @@ def test_without_a_calibration_the_page_says_nothing_of_costs(comparisons, tmp_p
     assert not page.find("section", id="costs")
     assert not [link for link, _ in page.find("a") if link["href"] == "#costs"]
     assert len(page.find("ol", class_="timeline")) == len(comparisons)
+
+
+def test_the_curve_is_logarithmic_although_all_steps_cost_nothing():
+    plans = {keys: Plan(tuple(range(keys)), cost) for keys, cost in ((1, 100.0), (2, 1.0), (3, 0.01), (4, 0.0))}
+    drawn = trade_off(plans, {"K = 4": (4, 0.0), "K = 2": (2, 1.0)}, "a curve")
+    labels = set(re.findall(r">([\d.]+)</text>", drawn))
+    assert {"0.01", "1", "100"} <= labels, labels
 
 
 def test_costs_all_zero_and_no_plans(calibration, tmp_path):

@@ -73,6 +73,10 @@ def trade_off(plans: Mapping[int, Plan], chosen: Mapping[str, tuple[int, float]]
     """
     curve = [(budget, plan.cost) for budget, plan in sorted(plans.items())]
     marks = {name: (budget, cost) for name, (budget, cost) in chosen.items() if np.isfinite(cost)}
+    if any(cost > 0 for _, cost in curve):
+        # Nothing skipped costs nothing, which has no place on a logarithmic scale.
+        curve = [(budget, cost) for budget, cost in curve if cost > 0]
+        marks = {name: (budget, cost) for name, (budget, cost) in marks.items() if cost > 0}
     costs = [cost for _, cost in [*curve, *marks.values()]]
     with _figure() as figure:
         axes = figure.add_axes((0.15, 0.115, 0.83, 0.81))
