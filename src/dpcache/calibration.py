@@ -16,9 +16,9 @@ from safetensors.numpy import save_file
 from tqdm.auto import tqdm
 
 from .costs import CostTensor, paper_cost, sampler_cost
-from .denoisers import check_boundary, find_denoisers, identify
+from .denoisers import find_denoisers, identify
 from .errors import CalibrationError, FileFormatError
-from .files import MAKERS, read_bytes, write_whole
+from .files import MAKERS, check_version, read_bytes, write_whole
 from .inputs import Input, call_arguments, seeded
 from .planner import Plan, plan, plan_all
 from .recording import RecordedRun, record
@@ -161,11 +161,7 @@ class Calibration:
             raise FileFormatError(f"{path} is not a whole safetensors file ({error}). {remedy}") from error
         if metadata.get("format") != FORMAT or set(tensors) != set(_TENSORS):
             raise FileFormatError(f"{path} is not a dpcache calibration. {remedy}")
-        if metadata.get("version") != VERSION:
-            raise FileFormatError(
-                f"{path} is a calibration of format version {metadata.get('version')}; this release reads version "
-                f"{VERSION}. {remedy}"
-            )
+        check_version(path, "calibration", metadata.get("version"), VERSION)
         if metadata.get("digest") != _digest(metadata.get("facts", ""), tensors):
             raise FileFormatError(f"{path} was edited after it was written: its digest does not match. {remedy}")
         try:
@@ -209,7 +205,6 @@ def calibrate(
     defaults = {"num_inference_steps": num_inference_steps, "output_type": "latent", **arguments}
     calls = call_arguments(inputs, defaults)
     denoisers = find_denoisers(pipeline)
-    check_boundary(denoisers, boundary)
     paper: CostTensor | None = None
     branches = 0
     grams: list[npt.NDArray[np.float64]] = []

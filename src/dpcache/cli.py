@@ -40,11 +40,9 @@ Output = Annotated[Path, typer.Option("--output", "-o", help="What to write.")]
 
 @app.callback(invoke_without_command=True)
 def options(
-    context: typer.Context,
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,  # read by `main`
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
 ) -> None:
-    context.obj = debug
     if version:
         from . import __version__
 
@@ -82,7 +80,7 @@ def calibrate(
     """Runs a model in full on a few prompts and writes what skipping steps would cost. Five prompts are enough."""
     from .calibration import calibrate as run
 
-    inputs = _inputs(model, prompts, prompt_file, held_out=0, count=5)
+    inputs = _inputs(model, prompts, prompt_file, held_out=False, count=5)
     pipeline, arguments = _load(model, settings)
     found = run(pipeline, inputs, num_inference_steps=steps, boundary=boundary, order=order, seed=seed, **arguments)
     found.save(output)
@@ -130,7 +128,7 @@ def generate(
     from .schedule import Schedule
 
     followed = Schedule.load(schedule) if schedule else None
-    inputs = _inputs(model, prompts, prompt_file, held_out=1, count=1)
+    inputs = _inputs(model, prompts, prompt_file, held_out=True, count=1)
     pipeline, arguments = _load(model, settings)
     arguments["num_inference_steps"] = steps or (followed.num_inference_steps if followed else 50)
     if followed is not None:
@@ -165,7 +163,7 @@ def compare(
     from .schedule import Schedule
 
     schedules = [Schedule.load(path) for path in schedule]
-    inputs = _inputs(model, prompts, prompt_file, held_out=1, count=count)
+    inputs = _inputs(model, prompts, prompt_file, held_out=True, count=count)
     pipeline, arguments = _load(model, settings)
     comparisons = compare_all(pipeline, schedules, inputs, seeds=seed, **arguments)
     _print_comparisons(comparisons)
@@ -239,7 +237,7 @@ def _print_comparisons(comparisons: Any) -> None:
     out.print(table)
 
 
-def _inputs(model: str, prompts: list[str] | None, file: Path | None, *, held_out: int, count: int) -> list[Any]:
+def _inputs(model: str, prompts: list[str] | None, file: Path | None, *, held_out: bool, count: int) -> list[Any]:
     """Prompts from the command line, a file, or the bundled model's own."""
     from .zoo import BUNDLED
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from .errors import UnsupportedPipelineError
-from .schedule import Boundary, ModelIdentity
+from .schedule import ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -255,13 +255,6 @@ def _misdescribed(name: str, fault: str) -> UnsupportedPipelineError:
         f'this {name} is not built as boundary="blocks" expects: {fault}. Use boundary="output", or describe its '
         "blocks with dpcache.register_denoiser."
     )
-
-
-def check_boundary(denoisers: Sequence[nn.Module], boundary: Boundary) -> None:
-    """Raises UnsupportedPipelineError unless the library can cache these denoisers at this boundary."""
-    if boundary == "blocks":
-        for denoiser in denoisers:
-            find_blocks(denoiser)
 
 
 def identify(denoisers: Sequence[nn.Module]) -> ModelIdentity:

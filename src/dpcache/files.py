@@ -46,6 +46,15 @@ def read_bytes(path: "str | os.PathLike[str]", kind: str) -> bytes:
     return data
 
 
+def check_version(path: "str | os.PathLike[str]", kind: str, found: object, read: object) -> None:
+    """Raises FileFormatError unless the file is of the format version that this release reads."""
+    if found != read:
+        raise FileFormatError(
+            f"{path} is a {kind} of format version {found}; this release reads version {read}. "
+            f"Make it anew with {MAKERS[kind]}."
+        )
+
+
 #: How each kind of file is made anew: the remedy in every message about a bad one.
 MAKERS = {
     "calibration": "`dpcache.calibrate(...).save(path)` or `dpcache calibrate`",

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from .errors import FileFormatError
-from .files import MAKERS, read_bytes, write_whole
+from .files import MAKERS, check_version, read_bytes, write_whole
 from .predictors import taylor_coefficients
 
 Boundary = Literal["blocks", "output"]
@@ -173,10 +173,7 @@ class Schedule(BaseModel):
             raise FileFormatError(f"{path} is not a whole JSON file ({error}). {remedy}") from error
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             raise FileFormatError(f"{path} is not a dpcache schedule. {remedy}")
-        if (version := document.pop("version", None)) != VERSION:
-            raise FileFormatError(
-                f"{path} is a schedule of format version {version}; this release reads version {VERSION}. {remedy}"
-            )
+        check_version(path, "schedule", document.pop("version", None), VERSION)
         digest = document.pop("digest", None)
         try:
             schedule = cls.model_validate(document)
