@@ -12,7 +12,7 @@ import torch
 from .denoisers import find_denoisers, identify
 from .errors import CacheStateError, ScheduleMismatchError
 from .schedule import Schedule, Term
-from .watch import Branch, Call, Moved, Watch
+from .watch import Branch, Call, Grid, Moved, Watch
 
 
 @dataclass
@@ -43,8 +43,10 @@ class Stats:
 def enable(pipeline: Any, schedule: Schedule) -> None:
     """Makes every following call of the pipeline follow the schedule, until `disable`.
 
-    A call with another number of steps than the schedule's is computed in full, with one warning. The same holds
-    within a call wherever the cached values do not fit: another shape, or too few key steps passed.
+    A loop that begins at a later step of the schedule's grid, like image-to-image with a strength, follows what is left
+    of the schedule (see `Schedule.from_step`). So does, within a loop, a branch whose cached values fit no longer: it
+    has another shape, or was not called for a while. A loop of any other number of steps is computed in full, with one
+    warning.
 
     Raises:
         CacheStateError: it is enabled already.
@@ -113,9 +115,13 @@ def stats(pipeline: Any) -> Stats:
 
 @dataclass
 class _Ring:
-    """The cached values of one branch: key step -> value, no more of them than predictions still need."""
+    """The cached values of one branch: key step -> value, no more of them than predictions still need.
 
-    shape: tuple[Any, ...] = ()
+    Steps count from `start`, the first call of this shape.
+    """
+
+    shape: tuple[Any, ...]
+    start: int
     values: dict[int, torch.Tensor] = field(default_factory=dict)
 
     def predict(self, terms: tuple[Term, ...]) -> torch.Tensor:
@@ -136,54 +142,83 @@ class _Cache:
         self.schedule = schedule
         self.watch: Watch | None = None
         self._rings: dict[Branch, _Ring] = {}
-        self._covered = False
+        #: From which step of the loop on -> what is left of the schedule; empty where it does not cover the loop.
+        self._left: dict[int, Schedule] = {}
         self._stats = Stats()
         self._computed: set[int] = set()
         self._predicted: set[int] = set()
-        # After which step no prediction uses a key step's value any more.
-        self._last_use = {key: key for key in schedule.key_steps}
-        for step, terms in sorted(schedule.predictions.items()):
-            self._last_use.update({term.key_step: step for term in terms})
 
-    def begin(self, num_steps: int) -> None:
+    def begin(self) -> None:
         self._rings.clear()
+        self._left = {}
         self._computed.clear()
         self._predicted.clear()
         self._stats.generations += 1
+
+    def located(self, grid: Grid) -> None:
         expected = self.schedule.num_inference_steps
-        if num_steps != expected:
+        if grid.num_steps == expected:
+            self._left[0] = self.schedule
+        elif grid.size == expected:
+            self._left[0] = self.schedule.from_step(grid.start)
+        else:
             # One text for one schedule and step count: Python's default filter shows it once.
             warnings.warn(
-                f"the schedule covers {expected} steps but the pipeline was called for {num_steps}: every step is "
+                f"the schedule covers {expected} steps but the pipeline was called for {grid.num_steps}: every step is "
                 f"computed in full. Call the pipeline with num_inference_steps={expected}, or calibrate and plan for "
-                f"{num_steps} steps.",
+                f"{grid.num_steps} steps.",
                 stacklevel=2,
             )
-        self._covered = num_steps == expected
+            self._rings.clear()
 
     def call(self, call: Call) -> Any:
-        ring = self._rings.setdefault(call.branch, _Ring())
-        if ring.shape != call.shape:
-            ring.shape = call.shape
-            ring.values.clear()
-        terms = self.schedule.predictions.get(call.step) if self._covered else None
-        if terms is not None and all(term.key_step in ring.values for term in terms):
+        terms = self._terms(call)
+        if terms is not None:
             self._predicted.add(call.step)
             self._stats.predicted_calls += 1
-            return call.predicted(ring.predict(terms))
+            return call.predicted(self._rings[call.branch].predict(terms))
         output, value = call.full()
         self._computed.add(call.step)
         self._stats.full_calls += 1
-        if self._covered and self._last_use.get(call.step, -1) > call.step:
+        if self._wanted(call):
             # A copy: the block may hand out a view of something larger, or memory that it uses again.
-            ring.values[call.step] = value.detach().clone(memory_format=torch.contiguous_format)
+            ring = self._rings[call.branch]
+            ring.values[call.step - ring.start] = value.detach().clone(memory_format=torch.contiguous_format)
             self._stats.peak_cached_bytes = max(self._stats.peak_cached_bytes, self.stats().cached_bytes)
         return output
 
+    def _terms(self, call: Call) -> tuple[Term, ...] | None:
+        """What to predict the call from; None if it is to be computed. Its branch has a ring that fits it then."""
+        ring = self._rings.get(call.branch)
+        if ring is not None and ring.shape == call.shape and self._left:
+            terms = self._schedule_of(ring).predictions.get(call.step - ring.start)
+            if terms is None or all(term.key_step in ring.values for term in terms):
+                return terms
+            ring = None
+        if ring is None or ring.shape != call.shape:
+            self._rings[call.branch] = _Ring(call.shape, call.step)
+        return None
+
+    def _wanted(self, call: Call) -> bool:
+        """Whether a later step may be predicted from this one's value."""
+        if not self._left:
+            # Where on the grid the loop runs is known after its first step only.
+            return call.step == 0
+        ring = self._rings[call.branch]
+        step = call.step - ring.start
+        return self._schedule_of(ring).last_uses.get(step, step) > step
+
+    def _schedule_of(self, ring: _Ring) -> Schedule:
+        if ring.start not in self._left:
+            self._left[ring.start] = self._left[0].from_step(ring.start)
+        return self._left[ring.start]
+
     def end_step(self, step: int, moved: Moved) -> None:
         for ring in self._rings.values():
-            for key in [key for key in ring.values if self._last_use[key] <= step]:
-                del ring.values[key]
+            if ring.values:
+                last_uses = self._schedule_of(ring).last_uses
+                for key in [key for key in ring.values if last_uses[key] <= step - ring.start]:
+                    del ring.values[key]
 
     def end(self) -> None:
         self._rings.clear()

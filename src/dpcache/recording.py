@@ -11,7 +11,7 @@ from .cache import require_disabled
 from .costs import step_influence
 from .errors import CalibrationError
 from .schedule import Boundary
-from .watch import Branch, Call, Moved, Watch
+from .watch import Branch, Call, Grid, Moved, Watch
 
 
 @dataclass
@@ -20,7 +20,7 @@ class RecordedRun:
 
     Attributes:
         num_steps: T, the steps its sampling loop took.
-        timesteps: float64 [T], the scheduler's grid.
+        timesteps: float64 [T], the part of the scheduler's grid that the loop ran through.
         values: per branch, the value at the boundary at every step it was called, step -> tensor in host memory.
         received: what the scheduler was given at every step, after guidance, step -> float32 [D] in host memory.
         influence: how far the scheduler moved the sample per unit of what it was given (see `costs.step_influence`).
@@ -85,22 +85,23 @@ def record(
     finally:
         watch.close()
     run = recorder.run
-    if not run.values:
+    if not run.num_steps:
         raise CalibrationError(
-            f"{type(pipeline).__name__} was called but its denoiser never ran between the scheduler's set_timesteps "
-            "and step, so there is nothing to record: is the denoiser or scheduler of this pipeline somewhere else?"
+            f"{type(pipeline).__name__} was called but its scheduler never took a step, so there is nothing to record: "
+            "is the scheduler of this pipeline somewhere else, or does it step copies of it?"
         )
-    run.timesteps = tuple(float(t) for t in watch.scheduler.timesteps)
+    run.timesteps = tuple(float(t) for t in watch.scheduler.timesteps[recorder.start :][: run.num_steps])
     return run
 
 
 class _Recorder:
     def __init__(self, on_step: Callable[[int], object]) -> None:
         self.run = RecordedRun()
+        self.start = 0
         self.on_step = on_step
 
-    def begin(self, num_steps: int) -> None:
-        self.run.num_steps = num_steps
+    def begin(self) -> None:
+        self.run.num_steps = 0
         for recorded in (self.run.values, self.run.received, self.run.influence):
             recorded.clear()
 
@@ -116,7 +117,11 @@ class _Recorder:
         self.run.values.setdefault(call.branch, {})[call.step] = host
         return output
 
+    def located(self, grid: Grid) -> None:
+        self.start = grid.start
+
     def end_step(self, step: int, moved: Moved) -> None:
+        self.run.num_steps = step + 1
         given, before, after = moved.received, moved.before, moved.after
         seen = all(isinstance(tensor, torch.Tensor) for tensor in (given, before, after))
         if seen and given.shape == before.shape == after.shape:

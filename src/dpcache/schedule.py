@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 from collections.abc import Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, Literal, Self
 
@@ -124,6 +125,38 @@ class Schedule(BaseModel):
             raise ValueError(f"num_key_steps must be from 1 to {num_inference_steps}, got {num_key_steps}.")
         keys = [n * num_inference_steps // num_key_steps for n in range(num_key_steps)]
         return cls.from_key_steps(keys, num_inference_steps, order=order, source="uniform interval", **more)
+
+    def from_step(self, start: int) -> Self:
+        """What is left of the schedule where nothing from before a step is known; steps count from there.
+
+        That step is a key step, as are as many after it as stand in a row at the schedule's own beginning: without a
+        past a prediction knows little. Predictions from key steps that are not known are made anew, by Taylor.
+
+        Args:
+            start: the first step left, 0 to T - 1.
+        """
+        if start == 0:
+            return self
+        row = next((n for n, key in enumerate(self.key_steps) if key != n), len(self.key_steps))
+        left = self.num_inference_steps - start
+        keys = sorted({*range(min(row, left)), *(key - start for key in self.key_steps if key >= start)})
+        late = self.from_key_steps(
+            keys, left, order=self.order, boundary=self.boundary, model=self.model, source=self.source
+        )
+        known = {
+            step: tuple(Term(key_step=term.key_step - start, coefficient=term.coefficient) for term in terms)
+            for step in late.predictions
+            if (terms := self.predictions[step + start])[0].key_step >= start
+        }
+        return late.model_copy(update={"predictor": self.predictor, "predictions": {**late.predictions, **known}})
+
+    @cached_property
+    def last_uses(self) -> dict[int, int]:
+        """For every key step, the last step that is predicted from it; the key step itself if there is none."""
+        uses = {key: key for key in self.key_steps}
+        for step, terms in sorted(self.predictions.items()):
+            uses.update({term.key_step: step for term in terms})
+        return uses
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

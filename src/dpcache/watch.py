@@ -46,7 +46,7 @@ class Call:
     """One denoiser call inside a generation.
 
     Attributes:
-        step: index of the sampling step, 0 the noisiest.
+        step: index of the sampling step, 0 the first that the loop takes.
         branch: which of the step's denoiser calls this is.
         shape: of the denoiser's inputs, with dtype and device: a cached value only fits the same.
     """
@@ -81,14 +81,34 @@ class Moved:
     after: Any
 
 
+class Grid(NamedTuple):
+    """The scheduler's steps, and where among them a loop begins.
+
+    Attributes:
+        size: number of steps of the scheduler's grid.
+        start: which of them is the loop's first; not 0 where a pipeline begins with a picture that is given.
+    """
+
+    size: int
+    start: int
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the loop, from its first to the end of the grid."""
+        return self.size - self.start
+
+
 class Observer(Protocol):
     """What watches: the runtime or the recorder."""
 
-    def begin(self, num_steps: int) -> None:
-        """A generation of `num_steps` steps begins; one before it may have been left half-way."""
+    def begin(self) -> None:
+        """A generation begins; one before it may have been left half-way."""
 
     def call(self, call: Call) -> Any:
         """A denoiser call; returns what the denoiser should."""
+
+    def located(self, grid: "Grid") -> None:
+        """The scheduler's first step has told where on its grid the loop runs; comes once, before `end_step`."""
 
     def end_step(self, step: int, moved: "Moved") -> None:
         """The scheduler has taken a step."""
@@ -107,7 +127,8 @@ class Watch:
         self._pipeline = weakref.ref(pipeline)
         self._name = f"dpcache-{next(_numbers)}"
         self._step: int | None = None
-        self._num_steps = 0
+        self._grid: Grid | None = None
+        self._lock = threading.RLock()
         self._calls: Counter[tuple[str, int]] = Counter()
         self._contexts: list[str] = []
         self._warned = False
@@ -138,20 +159,22 @@ class Watch:
         """A call of one of the denoisers, inside a generation of this pipeline or not."""
         if self._step is None or not _running.is_latest(self, denoiser):
             self._check_scheduler()
-            return forward(*args, **kwargs)
+            with self._lock:
+                return forward(*args, **kwargs)
         name = self._contexts[-1] if self._contexts else ""
         branch = Branch(name, self._calls[name, denoiser], denoiser)
         self._calls[name, denoiser] += 1
         signature = _signature((*args, *kwargs.values()))
         call = Call(self._step, branch, signature, self._boundaries[denoiser], lambda: forward(*args, **kwargs))
-        return self.observer.call(call)
+        with self._lock:
+            return self.observer.call(call)
 
     def _began(self, result: Any, *_: Any, **__: Any) -> Any:
         self._step = None
-        self._num_steps = len(self.scheduler.timesteps)
+        self._grid = None
         self._calls.clear()
         self._contexts.clear()
-        self.observer.begin(self._num_steps)
+        self.observer.begin()
         self._step = 0
         _running.add(self)
         return result
@@ -160,12 +183,23 @@ class Watch:
         if self._step is not None and _running.is_latest(self):
             # What every scheduler of diffusers calls its arguments: step(model_output, timestep, sample, ...).
             given = dict(zip(("model_output", "timestep", "sample"), args, strict=False)) | kwargs
+            if self._grid is None:
+                self._grid = self._locate(given["timestep"])
+                self.observer.located(self._grid)
             self.observer.end_step(self._step, Moved(given.get("model_output"), given.get("sample"), result[0]))
             self._step += 1
             self._calls.clear()
-            if self._step == self._num_steps:
+            if self._step == self._grid.num_steps:
                 self._ended()
         return result
+
+    def _locate(self, timestep: Any) -> Grid:
+        """Where the loop runs, now that its first step is taken."""
+        grid = self.scheduler.timesteps
+        # Schedulers that count their steps say so without a look at a tensor, which may be on another device.
+        counted = getattr(self.scheduler, "step_index", None)
+        start = counted - 1 if counted else int((grid == timestep).nonzero()[0])
+        return Grid(len(grid), start)
 
     def _ended(self) -> None:
         """The loop is over: its last step taken, or left by an exception or an interrupt."""

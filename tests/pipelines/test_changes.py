@@ -81,8 +81,8 @@ def test_values_of_another_shape_are_not_used(boundary: str) -> None:
     with dpcache.enabled(pipe, schedule((0, 1), boundary)):
         draw(pipe, truncated)
         stats = dpcache.stats(pipe)
-    assert stats.computed_steps == (0, 1, 5, 6, 7)
-    assert stats.predicted_steps == (2, 3, 4)
+    assert stats.computed_steps == (0, 1, 5, 6)
+    assert stats.predicted_steps == (2, 3, 4, 7)
 
 
 def test_another_dtype_of_the_timestep_is_of_no_account() -> None:
@@ -109,5 +109,5 @@ def test_frames_that_step_one_by_one_are_computed_in_full() -> None:
     with dpcache.enabled(pipe, schedule((0, 1, 4, 5))):
         assert torch.equal(draw(pipe, arguments), plain)
         assert dpcache.stats(pipe).predicted_calls == 0
-    with pytest.raises(dpcache.CalibrationError, match="no denoiser call was made at every one"):
+    with pytest.raises(dpcache.CalibrationError, match="never took a step"):
         dpcache.calibrate(pipe, [arguments], num_inference_steps=STEPS, progress=False)

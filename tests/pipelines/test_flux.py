@@ -256,7 +256,7 @@ def test_no_more_than_order_plus_one_values_per_branch(flux, boundary, order):
 
 
 def test_values_of_another_shape_are_never_used(flux):
-    """A pipeline that changes its batch half-way computes in full until enough key steps have the new shape."""
+    """A pipeline that changes its batch half-way begins anew with the values of the new shape."""
     schedule = schedule_for()
     with dpcache.enabled(flux, schedule), Spy(flux) as spy:
         flux.scheduler.set_timesteps(STEPS, mu=0.5, sigmas=np.linspace(1, 1 / STEPS, STEPS))
@@ -287,10 +287,10 @@ def test_values_of_another_shape_are_never_used(flux):
                 )[0]
             latents = flux.scheduler.step(velocity, t, latents, return_dict=False)[0]
         stats = dpcache.stats(flux)
-    # Step 3 is predicted; from step 4 on the batch is smaller, and the cached values are of no use: key steps 5 and 8
-    # are not yet the three that the predictions of an order-2 schedule need.
-    assert stats.predicted_steps == (3,)
-    assert spy.runs[0] == STEPS - 1
+    # From step 4 on the batch is smaller: as at step 0, three steps in a row are computed, then the schedule's own.
+    assert stats.predicted_steps == (3, 7, 9, 10, 11)
+    assert stats.computed_steps == (0, 1, 2, 4, 5, 6, 8)
+    assert spy.runs[0] == 7
 
 
 def test_another_number_of_steps_is_computed_in_full_with_one_warning(flux):
