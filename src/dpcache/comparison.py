@@ -170,7 +170,7 @@ class _Side:
         self.block_runs += count[0]
         pictures = np.asarray(output[0])
         self.pictures.extend(pictures)
-        self.labels.extend([(label(call), seed)] * len(pictures))
+        self.labels.extend([(label(self.pipeline, call), seed)] * len(pictures))
 
     def _timed(self, arguments: dict[str, Any]) -> Any:
         start = time.perf_counter()

@@ -48,11 +48,15 @@ def seeded(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> dict[str, 
     return {**arguments, "generator": generator}
 
 
-def label(arguments: Mapping[str, Any]) -> str:
-    """A short text that tells people which input this was."""
-    for name in ("prompt", "class_labels"):
-        if arguments.get(name) is not None:
-            return str(arguments[name])
+def label(pipeline: Any, arguments: Mapping[str, Any]) -> str:
+    """A short text that tells people which input this was; classes by name where the pipeline knows their names."""
+    prompt, classes = arguments.get("prompt"), arguments.get("class_labels")
+    if prompt is not None:
+        return str(prompt)
+    if classes is not None:
+        names = {number: name for name, number in getattr(pipeline, "labels", {}).items()}
+        numbers = classes if isinstance(classes, list | tuple) else [classes]
+        return ", ".join(str(names.get(number, number)) for number in numbers)
     return ", ".join(f"{key}={value}" for key, value in arguments.items() if isinstance(value, str | int | float))
 
 

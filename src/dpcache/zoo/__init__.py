@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dpcache.errors import UnknownModelError
-from dpcache.zoo import shapes
+from dpcache.zoo import classes, shapes
 
 if TYPE_CHECKING:
     import torch
@@ -41,7 +41,7 @@ class BundledModel:
     calibration_pool: Callable[[], tuple[Inputs, ...]]
     """Every input it was trained on, shuffled once and for all."""
     held_out_pool: Callable[[], tuple[Inputs, ...]]
-    """Inputs it has never seen, shuffled once and for all."""
+    """Inputs it has never seen, shuffled once and for all; of classes, which are all trained on, another order."""
 
     def calibration_inputs(self, n: int) -> list[Inputs]:
         """The first `n` inputs for calibrating, all of them trained on.
@@ -54,6 +54,9 @@ class BundledModel:
     def held_out_inputs(self, n: int) -> list[Inputs]:
         """The first `n` inputs for judging, none of them trained on.
 
+        A class-conditional model has no class it was not trained on, so here are the same classes in another order;
+        what makes its pictures new is other seeds than those of the calibration.
+
         Raises:
             ValueError: if there are fewer than `n`, or `n` is negative.
         """
@@ -64,6 +67,10 @@ def _first(pool: tuple[Inputs, ...], n: int, kind: str) -> list[Inputs]:
     if not 0 <= n <= len(pool):
         raise ValueError(f"there are {len(pool)} {kind} inputs, so n must be from 0 to {len(pool)}, got {n}")
     return list(pool[:n])
+
+
+def _class_inputs(kind: str) -> tuple[Inputs, ...]:
+    return tuple({"class_labels": [number]} for number in classes.shuffled(kind, rounds=8))
 
 
 _ROWS = (
@@ -78,6 +85,16 @@ _ROWS = (
         attributes=MappingProxyType({"default_sample_size": 8}),
         calibration_pool=lambda: shapes.split_captions()[0],
         held_out_pool=lambda: shapes.split_captions()[1],
+    ),
+    BundledModel(
+        name="tiny-dit",
+        description="DiTPipeline, one of 32 classes to 32x32 picture of a coloured shape, 2.0 M parameters",
+        directory=Path(__file__).parent / "models" / "tiny-dit",
+        recipe="dpcache.zoo.tiny_dit",
+        call_defaults=MappingProxyType({"guidance_scale": 2.0}),
+        attributes=MappingProxyType({}),
+        calibration_pool=lambda: _class_inputs("calibration"),
+        held_out_pool=lambda: _class_inputs("held-out"),
     ),
 )
 

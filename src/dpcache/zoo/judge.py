@@ -1,21 +1,23 @@
-"""Does a picture show what its caption says? Told by matching renderings, with no network involved.
+"""Does a picture show what its caption or class says? Told by matching renderings, with no network involved.
 
-`python -m dpcache.zoo.judge tiny-flux` draws held-out captions and prints how many came out right.
+`python -m dpcache.zoo.judge tiny-flux` draws held-out inputs and prints how many came out right.
 """
 
 import argparse
+import itertools
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
-from dpcache.zoo import BUNDLED, load_pipeline, shapes
-from dpcache.zoo.shapes import BACKGROUNDS, COLOURS, SHAPES, SIDE, SIZES, Floats, Scene
+from dpcache.zoo import BUNDLED, Inputs, classes, load_pipeline, shapes
+from dpcache.zoo.classes import Class
+from dpcache.zoo.shapes import BACKGROUNDS, COLOURS, POSITIONS, SHAPES, SIDE, SIZES, Floats, Scene
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -32,7 +34,7 @@ LARGEST_ERROR = 0.1
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a picture was found to show, where its caption says the shape should be."""
+    """What a picture was found to show."""
 
     shape: str
     colour: str
@@ -40,8 +42,8 @@ class Verdict:
     error: float
     """Root mean square difference from the best matching rendering, of values 0 to 1."""
 
-    def shows(self, scene: Scene) -> bool:
-        """Whether shape and colour are the scene's, and clearly drawn."""
+    def shows(self, scene: Scene | Class) -> bool:
+        """Whether shape and colour are those of the scene or class, and clearly drawn."""
         return self.error <= LARGEST_ERROR and (self.shape, self.colour) == (scene.shape, scene.colour)
 
 
@@ -113,8 +115,22 @@ def judge(picture: npt.NDArray[np.uint8], scene: Scene) -> Verdict:
         picture: (SIDE, SIDE, 3), RGB, 0 to 255.
         scene: what the caption says.
     """
+    return _judge_at(picture, scene.size, scene.position)
+
+
+def judge_anywhere(picture: npt.NDArray[np.uint8]) -> Verdict:
+    """Find the shape, colour and background that match a picture best, of any size in any position.
+
+    Args:
+        picture: (SIDE, SIDE, 3), RGB, 0 to 255.
+    """
+    verdicts = itertools.starmap(partial(_judge_at, picture), itertools.product(SIZES, POSITIONS))
+    return min(verdicts, key=lambda verdict: verdict.error)
+
+
+def _judge_at(picture: npt.NDArray[np.uint8], size: str, position: str) -> Verdict:
     values = (picture.reshape(SIDE * SIDE, 3) / 255).astype(np.float32)
-    error, colour = _fit(values, _candidates(scene.size, scene.position))
+    error, colour = _fit(values, _candidates(size, position))
     best, background = np.unravel_index(int(error.argmin()), error.shape)
     names = list(SHAPES)
     return Verdict(
@@ -126,18 +142,24 @@ def judge(picture: npt.NDArray[np.uint8], scene: Scene) -> Verdict:
 
 
 def draw(
-    pipeline: "DiffusionPipeline", captions: Sequence[str], *, seed: int = 0, batch: int = 25, **call: Any
+    pipeline: "DiffusionPipeline", inputs: Sequence[Inputs], *, seed: int = 0, batch: int = 25, **call: Any
 ) -> npt.NDArray[np.uint8]:
-    """Draw captions, each from noise of its own seed whatever the batch: (n, SIDE, SIDE, 3), RGB, 0 to 255."""
+    """Draw captions or classes, each from noise of its own seed whatever the batch: (n, SIDE, SIDE, 3), 0 to 255."""
     import torch
 
     pictures = [np.empty((0, SIDE, SIDE, 3), np.float32)]
-    for start in range(0, len(captions), batch):
-        prompts = list(captions[start : start + batch])
-        generators = [torch.Generator().manual_seed(seed + start + row) for row in range(len(prompts))]
-        size = {"height": SIDE, "width": SIDE, "output_type": "np"}
-        pictures.append(pipeline(prompt=prompts, generator=generators, **size, **call).images)
+    for start in range(0, len(inputs), batch):
+        some = inputs[start : start + batch]
+        generators = [torch.Generator().manual_seed(seed + start + row) for row in range(len(some))]
+        pictures.append(pipeline(generator=generators, output_type="np", **_together(some), **call).images)
     return np.rint(np.concatenate(pictures) * 255).astype(np.uint8)
+
+
+def _together(inputs: Sequence[Inputs]) -> dict[str, Any]:
+    """Arguments of one call that draws all the inputs."""
+    if isinstance(inputs[0], str):
+        return {"prompt": list(inputs), "height": SIDE, "width": SIDE}
+    return {"class_labels": [label for item in inputs if isinstance(item, dict) for label in item["class_labels"]]}
 
 
 def reconstruction_psnr(pipeline: "DiffusionPipeline", count: int = 200) -> float:
@@ -168,38 +190,50 @@ def save_sheet(pictures: npt.NDArray[np.uint8], path: Path, columns: int = 20, s
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m dpcache.zoo.judge",
-        description="Draw held-out captions and count the pictures that show the right shape in the right colour.",
+        description="Draw held-out inputs and count the pictures that show the right shape in the right colour.",
         epilog="example: python -m dpcache.zoo.judge tiny-flux --count 200 --sheet sheet.png",
     )
     parser.add_argument("model", choices=list(BUNDLED), help="which model")
     parser.add_argument("--path", help="a pipeline directory to judge in place of the bundled one")
-    parser.add_argument("--count", type=int, default=200, help="how many captions [200]")
+    parser.add_argument("--count", type=int, default=200, help="how many inputs [200]")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps [50]")
-    parser.add_argument("--pad", type=int, default=32, help="max_sequence_length of the call [32]")
+    parser.add_argument("--pad", type=int, help="max_sequence_length of the call, for captions [32]")
+    parser.add_argument("--guidance", type=float, help="guidance_scale of the call, for classes [2]")
     parser.add_argument("--sheet", type=Path, help="save all the pictures in one image")
     return parser.parse_args(arguments)
+
+
+def _wanted(item: Inputs) -> Scene | Class:
+    return shapes.parse(item) if isinstance(item, str) else classes.CLASSES[item["class_labels"][0]]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Judge as the command line says; returns the exit status."""
     options = _parse(arguments)
+    bundled = BUNDLED[options.model]
     pipeline = load_pipeline(options.path or options.model)
     pipeline.set_progress_bar_config(desc="drawing", leave=False)
-    captions = [str(caption) for caption in BUNDLED[options.model].held_out_inputs(options.count)]
-    pictures = draw(pipeline, captions, num_inference_steps=options.steps, max_sequence_length=options.pad)
-    scenes = [shapes.parse(caption) for caption in captions]
-    verdicts = [judge(picture, scene) for picture, scene in zip(pictures, scenes, strict=True)]
-    pairs = list(zip(verdicts, scenes, strict=True))
+    inputs = bundled.held_out_inputs(options.count)
+    given = {"max_sequence_length": options.pad, "guidance_scale": options.guidance}
+    call = {**bundled.call_defaults, **{name: value for name, value in given.items() if value is not None}}
+    pictures = draw(pipeline, inputs, num_inference_steps=options.steps, **call)
+    scenes = [_wanted(item) for item in inputs]
+    pairs = [
+        (judge(picture, scene) if isinstance(scene, Scene) else judge_anywhere(picture), scene)
+        for picture, scene in zip(pictures, scenes, strict=True)
+    ]
     figures = {
         "shape and colour right": np.mean([verdict.shows(scene) for verdict, scene in pairs]),
         "shape right": np.mean([verdict.shape == scene.shape for verdict, scene in pairs]),
         "colour right": np.mean([verdict.colour == scene.colour for verdict, scene in pairs]),
-        "background right": np.mean([verdict.background == scene.background for verdict, scene in pairs]),
     }
-    print(f"{options.count} held-out captions, {options.steps} steps, padded to {options.pad} tokens")
+    backgrounds = [verdict.background == scene.background for verdict, scene in pairs if isinstance(scene, Scene)]
+    if backgrounds:
+        figures["background right"] = np.mean(backgrounds)
+    print(f"{options.count} held-out inputs, {options.steps} steps, {call}")
     for name, value in figures.items():
         print(f"{name:24s}{value:8.1%}")
-    print(f"{'median match error':24s}{np.median([verdict.error for verdict in verdicts]):8.3f}")
+    print(f"{'median match error':24s}{np.median([verdict.error for verdict, _ in pairs]):8.3f}")
     print(f"{'autoencoder PSNR':24s}{reconstruction_psnr(pipeline):8.1f} dB")
     for verdict, scene in pairs:
         if not verdict.shows(scene):
