@@ -92,6 +92,10 @@ BLOCK_STACKS: dict[str, Layout] = {
 #: loop call the second `transformer_2`.
 _DENOISER_ATTRIBUTES = ("transformer", "unet", "transformer_2")
 
+#: How the class names of pipelines begin that have no step of the whole: every frame has its own, on a copy of the
+#: scheduler.
+_FRAME_BY_FRAME = ("SkyReelsV2DiffusionForcing",)
+
 
 def register_denoiser(
     denoiser: type[nn.Module] | str,
@@ -193,7 +197,8 @@ def find_denoisers(pipeline: Any) -> list[nn.Module]:
     """The networks the pipeline calls at every step: one, or several where it switches within a sampling loop.
 
     Raises:
-        UnsupportedPipelineError: the object is no diffusers pipeline with a transformer or UNet and a scheduler.
+        UnsupportedPipelineError: the object is no diffusers pipeline with a transformer or UNet and a scheduler, or
+            something else caches in it already, or its frames step one by one.
     """
     found = [module for name in _DENOISER_ATTRIBUTES if (module := getattr(pipeline, name, None)) is not None]
     scheduler = getattr(pipeline, "scheduler", None)
@@ -204,7 +209,26 @@ def find_denoisers(pipeline: Any) -> list[nn.Module]:
             f"{' or '.join(f'`.{name}`' for name in _DENOISER_ATTRIBUTES)} and a scheduler with `set_timesteps` and "
             "`step`. Pass a diffusers pipeline, for example FluxPipeline."
         )
-    return list(dict.fromkeys(_unwrapped(module) for module in found))
+    if type(pipeline).__name__.startswith(_FRAME_BY_FRAME):
+        raise UnsupportedPipelineError(
+            f"{type(pipeline).__name__} steps every frame by itself, with copies of its scheduler, so there is no step "
+            "of the whole to skip. Use a pipeline that denoises all frames together, for example SkyReelsV2Pipeline."
+        )
+    denoisers = list(dict.fromkeys(_unwrapped(module) for module in found))
+    for denoiser in denoisers:
+        _refuse_other_cache(denoiser)
+    return denoisers
+
+
+def _refuse_other_cache(denoiser: nn.Module) -> None:
+    """Two caches in one denoiser would predict from each other's predictions."""
+    if getattr(denoiser, "is_cache_enabled", False):
+        off = "call `pipe.transformer.disable_cache()` first"
+    elif getattr(denoiser, "_is_cached", False):  # where cache-dit notes it
+        off = "call `cache_dit.disable_cache(pipe)` first"
+    else:
+        return
+    raise UnsupportedPipelineError(f"another cache is enabled on this {type(denoiser).__name__} already: {off}.")
 
 
 def find_blocks(denoiser: nn.Module) -> list[Block]:

@@ -18,7 +18,7 @@ TESTS = Path(__file__).with_name("test_table.py")
 #: Pipelines that the library cannot follow, and why. Every other one in the table of denoisers can be built small.
 NOT_FOLLOWED = {
     "SkyReelsV2DiffusionForcingPipeline": "Every frame has its own step: it steps copies of its scheduler, one for "
-    "each frame, and there is no step of the whole. Every call is computed in full, and calibrating says so.",
+    "each frame, and there is no step of the whole. Enabling and calibrating say so.",
 }
 
 HEAD = """# Models

@@ -131,12 +131,12 @@ def HunyuanImagePipeline() -> Built:
     return pipe, guided(**masks("prompt_embeds_mask"), **masks("prompt_embeds_mask_2"), **second, **size(128))
 
 
-def wan(kind: str = "WanTransformer3DModel") -> Any:
+def wan(kind: str = "WanTransformer3DModel", in_channels: int = 4) -> Any:
     return make(
         kind,
         num_attention_heads=2,
         attention_head_dim=12,
-        in_channels=4,
+        in_channels=in_channels,
         out_channels=4,
         text_dim=8,
         freq_dim=16,
@@ -157,7 +157,7 @@ def wan_2_1() -> Built:
     keys=(0, 1, 4, 5),
     order=1,
     switch=4,
-    note="Steps after the switch to `transformer_2` are computed in full until its own key steps suffice.",
+    note="After the switch to `transformer_2` the schedule begins anew, key steps in a row first.",
 )
 def wan_2_2() -> Built:
     second = wan()
@@ -165,6 +165,15 @@ def wan_2_2() -> Built:
         parameter.data = parameter.data.flip(0)
     pipe = assemble("WanPipeline", wan(), flow_unipc(), transformer_2=second, boundary_ratio=0.76)
     return pipe, guided(num_frames=5, guidance_scale_2=3.0, **size(32))
+
+
+@small(branches=2, note="Image to video.")
+def WanImageToVideoPipeline() -> Built:
+    statistics = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
+    vae = make("AutoencoderKLWan", base_dim=3, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1, **statistics)
+    # The noise, and beside it the picture and which frames it is of.
+    pipe = assemble("WanImageToVideoPipeline", wan(in_channels=12), flow_unipc(), vae=vae)
+    return pipe, guided(image=noise(1, 3, 32, 32).sigmoid(), num_frames=5, **size(32))
 
 
 @small(branches=2)

@@ -2,13 +2,14 @@
 
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 
 import dpcache
 from dpcache.recording import record
 from tests.pipelines.every import SMALL, small_video
-from tests.pipelines.small import STEPS, assemble, size
+from tests.pipelines.small import STEPS, assemble
 
 
 def draw(pipe: Any, arguments: dict[str, Any]) -> torch.Tensor:
@@ -100,14 +101,22 @@ def test_another_dtype_of_the_timestep_is_of_no_account() -> None:
         assert dpcache.stats(pipe).computed_steps == (0, 3)
 
 
-def test_frames_that_step_one_by_one_are_computed_in_full() -> None:
+def test_frames_that_step_one_by_one_are_refused() -> None:
     """Diffusion forcing of SkyReels V2 steps copies of its scheduler, one for each frame: there is no step of all."""
     transformer = small_video.wan("SkyReelsV2Transformer3DModel")
     pipe = assemble("SkyReelsV2DiffusionForcingPipeline", transformer, small_video.flow_unipc())
-    arguments = small_video.guided(prompt=None, num_frames=9, base_num_frames=9, **size(32))
-    plain = draw(pipe, arguments)
+    with pytest.raises(dpcache.UnsupportedPipelineError, match="SkyReelsV2Pipeline"):
+        dpcache.enable(pipe, schedule((0, 1, 4, 5)))
+    with pytest.raises(dpcache.UnsupportedPipelineError, match="steps every frame by itself"):
+        dpcache.calibrate(pipe, [{}], num_inference_steps=STEPS, progress=False)
+
+
+def test_another_cache_on_the_same_denoiser_is_refused() -> None:
+    pipe, arguments = SMALL["FluxPipeline"].build()
+    pipe.transformer.enable_cache(diffusers.FirstBlockCacheConfig(threshold=0.1))
+    with pytest.raises(dpcache.UnsupportedPipelineError, match=r"disable_cache\(\)"):
+        dpcache.enable(pipe, schedule((0, 1, 4, 5)))
+    pipe.transformer.disable_cache()
     with dpcache.enabled(pipe, schedule((0, 1, 4, 5))):
-        assert torch.equal(draw(pipe, arguments), plain)
-        assert dpcache.stats(pipe).predicted_calls == 0
-    with pytest.raises(dpcache.CalibrationError, match="never took a step"):
-        dpcache.calibrate(pipe, [arguments], num_inference_steps=STEPS, progress=False)
+        draw(pipe, arguments)
+        assert dpcache.stats(pipe).computed_steps == (0, 1, 4, 5)

@@ -130,7 +130,7 @@ def noise_stage(pipeline: DiTPipeline, latents: Tensor, labels: Tensor, settings
             return_dict=False,
         )[0]
         errors = (predicted - noise.to(transformer.device)).square().mean(dim=(1, 2, 3))
-        return (errors * weights[time].to(transformer.device)).mean()
+        return torch.mean(errors * weights[time].to(transformer.device))
 
     def hidden(name: str) -> bool:
         return "_blocks." in name and ".norm" not in name
