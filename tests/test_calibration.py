@@ -105,8 +105,8 @@ def test_unknown_boundary_blocks_are_refused_before_anything_runs(flux, monkeypa
 
 def test_plan_rejects_impossible_budgets(flux):
     calibration = dpcache.calibrate(flux, [PROMPT], progress=False, **QUICK)
-    with pytest.raises(dpcache.InfeasibleBudgetError, match="smallest feasible number is 5"):
-        calibration.plan(4, max_gap=4)
+    with pytest.raises(dpcache.InfeasibleBudgetError, match="smallest feasible number is 3"):
+        calibration.plan(2, max_gap=4)
     for budget in (0, STEPS + 1):
         with pytest.raises(ValueError, match=f"from 1 to the number of steps \\({STEPS}\\)"):
             calibration.plan(budget)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import dpcache
 from dpcache.costs import sampler_cost, step_influence
-from dpcache.predictors import taylor_coefficients
+from dpcache.predictors import Fitted, Taylor, taylor_coefficients
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -59,7 +59,7 @@ def test_sampler_cost_follows_its_definition_entry_by_entry(order):
     received = rng.normal(size=(runs, steps, 40)).cumsum(axis=1)
     influence = rng.random(steps)
     gram = np.einsum("rtd,rsd->rts", received, received) / 40
-    cost = sampler_cost(gram, influence, order)
+    cost = sampler_cost(gram, influence, Taylor(order))
     for i, j in [(0, 0), (0, 1), (0, 4), (1, 2), (3, 6), (9, 11)]:
         history = [*range(max(i - order + 1, 0), i + 1), j] if i < j and order else [j]
         total = 0.0
@@ -70,6 +70,34 @@ def test_sampler_cost_follows_its_definition_entry_by_entry(order):
                 rms = np.sqrt(((prediction - received[:, k]) ** 2).mean(axis=1))
                 total += influence[k] * rms.mean()
     assert np.isinf(cost[5, 5, :]).all() and np.isinf(cost[2, 6, :7]).all() and np.isinf(cost[7, 3, :]).all()
+
+
+def test_powers_make_large_errors_weigh_heavier():
+    rng = np.random.default_rng(0)
+    received = rng.normal(size=(2, 8, 40)).cumsum(axis=1)
+    gram, influence = np.einsum("rtd,rsd->rts", received, received) / 40, rng.random(8)
+    plain, squared = (sampler_cost(gram[:1], influence, Taylor(1), power=power) for power in (1.0, 2.0))
+    one_step = plain[1, 3, 5]
+    assert squared[1, 3, 5] == pytest.approx(one_step**2)
+    assert squared[1, 3, 6] == pytest.approx(one_step**2 + (plain[1, 3, 6] - one_step) ** 2)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+def test_fitted_predictions_are_the_least_squares_ones(order):
+    """Against numpy's own least squares on the recorded values; no other linear prediction costs less."""
+    rng = np.random.default_rng(order)
+    values = rng.normal(size=(10, 300)).cumsum(axis=0)
+    gram = values @ values.T / 300
+    predictor = Fitted(gram, order, ridge=0.0)
+    coefficients = predictor.coefficients([0, 2, 3, 6], [7, 9])
+    keys = [0, 2, 3, 6][-(order + 1) :]
+    for row, step in zip(coefficients, [7, 9], strict=True):
+        np.testing.assert_allclose(row, np.linalg.lstsq(values[keys].T, values[step])[0], rtol=1e-6)
+    fitted, taylor = (sampler_cost(gram[None], np.ones(10), p) for p in (predictor, Taylor(order)))
+    finite = np.isfinite(taylor)
+    assert (fitted[finite] <= taylor[finite] + 1e-9).all()
+    shrunk = Fitted(gram, order, ridge=0.1).coefficients([0, 2, 3, 6], [9])
+    assert np.linalg.norm(shrunk) < np.linalg.norm(coefficients[1])
 
 
 @pytest.mark.parametrize(

@@ -35,10 +35,15 @@ def calibration() -> dpcache.Calibration:
         timesteps=tuple(np.linspace(1000, 50, 20)),
         num_inputs=1,
         num_branches=1,
+        calls=({"prompt": "a red ring"},),
     )
     gram = features @ features.T / features.shape[1]
     return dpcache.Calibration(
-        facts=facts, paper_cost=dpcache.paper_cost(features), gram=gram[None], influence=np.linspace(0.1, 0.2, 20)
+        facts=facts,
+        paper_cost=dpcache.paper_cost(features),
+        gram=gram[None],
+        value_gram=gram[None],
+        influence=np.linspace(0.1, 0.2, 20),
     )
 
 
@@ -61,11 +66,11 @@ def test_calibration_round_trip_and_plan(calibration, tmp_path):
         np.testing.assert_array_equal(loaded.cost(method), calibration.cost(method))
     assert loaded.facts == calibration.facts
     schedule = loaded.plan(num_key_steps=7, max_gap=5)
-    best = dpcache.plan(calibration.cost(), 7, max_gap=5)
+    best = dpcache.plan(calibration.cost(), 7, first_key_steps=1, max_gap=5)
     assert schedule.key_steps == best.key_steps
     assert schedule.cost == best.cost
     assert (schedule.model, schedule.boundary, schedule.order) == (MODEL, "blocks", 2)
-    assert loaded.plan_all()[7] == dpcache.plan(calibration.cost(), 7)
+    assert loaded.plan_all()[7] == dpcache.plan(calibration.cost(), 7, first_key_steps=1)
     by_paper = loaded.plan(num_key_steps=7, method="paper", max_gap=5)
     assert by_paper.key_steps == dpcache.plan(calibration.paper_cost, 7, max_gap=5).key_steps != schedule.key_steps
 
@@ -73,6 +78,8 @@ def test_calibration_round_trip_and_plan(calibration, tmp_path):
 def test_method_is_checked(calibration):
     with pytest.raises(dpcache.CalibrationError, match='"sampler" or "paper"'):
         calibration.plan(7, method="magic")
+    with pytest.raises(dpcache.CalibrationError, match="Taylor predictions of order 2 alone"):
+        calibration.plan(7, method="paper", order=1)
     unseen = dataclasses.replace(calibration, gram=np.empty((0, 20, 20)))
     with pytest.raises(dpcache.CalibrationError, match='plan with method="paper"'):
         unseen.plan(7)
@@ -130,10 +137,10 @@ def edit_schedule(path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda d: d.update(version=2), "version 2; this release reads version 1"),
+        (lambda d: d.update(version=99), "version 99; this release reads version"),
         (lambda d: d["key_steps"].append(3), "key_steps must increase"),
-        (lambda d: d["predictions"].pop("19"), "cover the skipped steps"),
-        (lambda d: d["predictions"]["19"][0].update(coefficient=7.0), "edited"),
+        (lambda d: d["predictions"].popitem(), "cover the skipped steps"),
+        (lambda d: next(iter(d["predictions"].values()))[0].update(coefficient=7.0), "edited"),
         (lambda d: d.update(boundary="somewhere"), "boundary"),
         (lambda d: d.update(extra=1), "extra"),
         (lambda d: d.update(cost=1.0), "edited"),
@@ -156,8 +163,8 @@ def test_edited_calibrations(written):
         dpcache.Calibration.load(path)
     (size,) = struct.unpack("<Q", whole[:8])
     header = whole[8 : 8 + size]
-    path.write_bytes(whole[:8] + header.replace(b'"version":"1"', b'"version":"9"') + whole[8 + size :])
-    with pytest.raises(dpcache.FileFormatError, match="version 9; this release reads version 1"):
+    path.write_bytes(whole[:8] + header.replace(b'"version":"2"', b'"version":"9"') + whole[8 + size :])
+    with pytest.raises(dpcache.FileFormatError, match="version 9; this release reads version 2"):
         dpcache.Calibration.load(path)
     save_file({"weight": np.zeros(3)}, path)
     with pytest.raises(dpcache.FileFormatError, match="not a dpcache calibration"):

@@ -81,13 +81,15 @@ def calibration() -> Calibration:
         timesteps=tuple(np.linspace(1000, 20, STEPS)),
         num_inputs=5,
         num_branches=1,
+        calls=None,
     )
     return published(facts, np.load(REFERENCE / "flux1_dev_t50_cost.npz")["cost"])
 
 
 def published(facts: Facts, cost: np.ndarray) -> Calibration:
     """A calibration of which only the paper's cost is known."""
-    return Calibration(facts=facts, paper_cost=cost, gram=np.empty((0, STEPS, STEPS)), influence=np.zeros(STEPS))
+    unseen = np.empty((0, STEPS, STEPS))
+    return Calibration(facts=facts, paper_cost=cost, gram=unseen, value_gram=unseen, influence=np.zeros(STEPS))
 
 
 def comparison(schedule, noise, shape=(32, 32, 3), prompts=PROMPTS) -> Comparison:

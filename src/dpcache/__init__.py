@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     )
     from .planner import Plan, plan, plan_all
     from .schedule import Schedule
+    from .selection import Recipe, optimize, select
     from .zoo import load_pipeline
 
 __version__ = "0.1.0"
@@ -41,6 +42,7 @@ _HOME = {
     "FileFormatError": "errors",
     "InfeasibleBudgetError": "errors",
     "Plan": "planner",
+    "Recipe": "selection",
     "Sample": "comparison",
     "Schedule": "schedule",
     "ScheduleMismatchError": "errors",
@@ -54,17 +56,22 @@ _HOME = {
     "enable": "cache",
     "enabled": "cache",
     "load_pipeline": "zoo",
+    "optimize": "selection",
     "paper_cost": "costs",
     "plan": "planner",
     "plan_all": "planner",
     "register_denoiser": "denoisers",
+    "select": "selection",
     "stats": "cache",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use
     "load_pipeline",
+    "optimize",
     "calibrate",
     "Calibration",
+    "select",
+    "Recipe",
     "Schedule",
     "enable",
     "enabled",

@@ -1,6 +1,7 @@
 """Calibration: full runs on a few inputs become a cost tensor, a file, and schedules."""
 
 import hashlib
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,13 +22,14 @@ from .errors import CalibrationError, FileFormatError
 from .files import MAKERS, check_version, read_bytes, write_whole
 from .inputs import Input, call_arguments, seeded
 from .planner import Plan, plan, plan_all
+from .predictors import Fitted, Predictor, Taylor
 from .recording import RecordedRun, record
 from .schedule import Boundary, ModelIdentity, Schedule
 
 FORMAT = "dpcache.calibration"
-VERSION = "1"
+VERSION = "2"
 
-_TENSORS = ("paper_cost", "gram", "influence")
+_TENSORS = ("paper_cost", "gram", "value_gram", "influence")
 
 
 class Facts(BaseModel):
@@ -44,10 +46,14 @@ class Facts(BaseModel):
     timesteps: tuple[float, ...] = Field(description="The scheduler's grid, T values.")
     num_inputs: int = Field(ge=1, description="Inputs run.")
     num_branches: int = Field(ge=1, description="Denoiser calls per step.")
+    calls: tuple[dict[str, Any], ...] | None = Field(
+        description="Arguments of every call, the generator aside; None if there are some that JSON cannot hold."
+    )
 
 
 #: How a cost tensor judges an error: by what the sampler does with it, or as the paper does.
 Method = Literal["sampler", "paper"]
+PredictorName = Literal["taylor", "fitted"]
 
 
 @dataclass(frozen=True)
@@ -60,25 +66,49 @@ class Calibration:
             branches (see `costs.paper_cost`).
         gram: float64 [inputs, T, T], mean products of what the scheduler received at every two steps; no inputs where
             that could not be seen.
+        value_gram: float64 [inputs, T, T], likewise of the values at the boundary, mean over branches.
         influence: float64 [T], how far the scheduler moves the sample per unit of it (see `costs.step_influence`).
     """
 
     facts: Facts
     paper_cost: CostTensor
     gram: npt.NDArray[np.float64]
+    value_gram: npt.NDArray[np.float64]
     influence: npt.NDArray[np.float64]
 
-    def cost(self, method: Method = "sampler") -> CostTensor:
+    def predictor(self, name: PredictorName = "taylor", order: int | None = None) -> Predictor:
+        """The predictor of this name and order: `"taylor"`, or `"fitted"` to the values of this calibration."""
+        order = self.facts.order if order is None else order
+        return Taylor(order) if name == "taylor" else Fitted(self.value_gram.mean(axis=0), order)
+
+    def cost(
+        self,
+        method: Method = "sampler",
+        *,
+        predictor: PredictorName = "taylor",
+        order: int | None = None,
+        power: float = 1.0,
+    ) -> CostTensor:
         """The cost tensor, float64 [T, T+1, T+1] indexed [i, j, k].
 
         Args:
             method: `"sampler"`, RMS errors of what the scheduler receives, weighted by how far it moves on them (see
                 `costs.sampler_cost`); or `"paper"`, mean absolute errors of the values at the boundary.
+            predictor: whose errors: `"taylor"`, or `"fitted"` by least squares to what was recorded.
+            order: one less than the number of key steps it uses; that of the calibration unless given.
+            power: as in `costs.sampler_cost`.
 
         Raises:
-            CalibrationError: the method is unknown, or the scheduler's steps could not be seen while calibrating.
+            CalibrationError: the method is unknown, the scheduler's steps could not be seen while calibrating, or the
+                paper's method is wanted with another predictor than was calibrated for.
         """
+        order = self.facts.order if order is None else order
         if method == "paper":
+            if (predictor, order, power) != ("taylor", self.facts.order, 1.0):
+                raise CalibrationError(
+                    f'method="paper" knows the errors of Taylor predictions of order {self.facts.order} alone, as '
+                    f'calibrated: calibrate with order={order}, or use method="sampler".'
+                )
             return self.paper_cost
         if method != "sampler":
             raise CalibrationError(f'method must be "sampler" or "paper", got {method!r}.')
@@ -87,53 +117,75 @@ class Calibration:
                 f"what {self.facts.scheduler} was given at every step could not be seen while calibrating "
                 f'{self.facts.pipeline}: plan with method="paper".'
             )
-        return self._sampler_cost
+        known = self._sampler_costs
+        if (predictor, order, power) not in known:
+            known[predictor, order, power] = sampler_cost(
+                self.gram, self.influence, self.predictor(predictor, order), power=power
+            )
+        return known[predictor, order, power]
 
     @cached_property
-    def _sampler_cost(self) -> CostTensor:
-        return sampler_cost(self.gram, self.influence, self.facts.order)
+    def _sampler_costs(self) -> dict[tuple[str, int, float], CostTensor]:
+        return {}
 
     def plan(
         self,
         num_key_steps: int,
         *,
         method: Method = "sampler",
-        first_key_steps: int = 3,
+        predictor: PredictorName = "taylor",
+        order: int | None = None,
+        power: float = 1.0,
+        first_key_steps: int | None = None,
         last_key_steps: int = 0,
         max_gap: int | None = None,
     ) -> Schedule:
         """The best schedule with this many key steps.
 
-        `method` is as in `cost`; the other arguments and the errors as in `dpcache.plan`.
+        `method`, `predictor`, `order` and `power` are as in `cost`; the other arguments and the errors as in
+        `dpcache.plan`, but that of the first steps 3 are forced with the paper's method, as there, and 1 with the
+        other, whose cost says what they are worth.
         """
         found = plan(
-            self.cost(method),
+            self.cost(method, predictor=predictor, order=order, power=power),
             num_key_steps,
-            first_key_steps=first_key_steps,
+            first_key_steps=_forced(method, first_key_steps),
             last_key_steps=last_key_steps,
             max_gap=max_gap,
         )
+        source = f"planned by {method} cost from {self.facts.num_inputs} calibration inputs"
+        schedule = self.schedule(found.key_steps, predictor, order)
+        return schedule.model_copy(update={"cost": found.cost, "source": source})
+
+    def schedule(
+        self, key_steps: Sequence[int], predictor: PredictorName = "taylor", order: int | None = None
+    ) -> Schedule:
+        """A schedule with key steps of your choice, for the model and boundary of this calibration."""
         return Schedule.from_key_steps(
-            found.key_steps,
+            key_steps,
             self.facts.num_inference_steps,
-            order=self.facts.order,
+            predictor=self.predictor(predictor, order),
             boundary=self.facts.boundary,
             model=self.facts.model,
-            cost=found.cost,
-            source=f"planned by {method} cost from {self.facts.num_inputs} calibration inputs",
         )
 
     def plan_all(
         self,
         *,
         method: Method = "sampler",
-        first_key_steps: int = 3,
+        predictor: PredictorName = "taylor",
+        order: int | None = None,
+        power: float = 1.0,
+        first_key_steps: int | None = None,
         last_key_steps: int = 0,
         max_gap: int | None = None,
     ) -> dict[int, Plan]:
         """{K: Plan} for every feasible number of key steps: the whole trade-off, without the schedules."""
         return plan_all(
-            self.cost(method), first_key_steps=first_key_steps, last_key_steps=last_key_steps, max_gap=max_gap
+            self.cost(method, predictor=predictor, order=order, power=power),
+            first_key_steps=_forced(method, first_key_steps),
+            last_key_steps=last_key_steps,
+            max_gap=max_gap,
         )
 
     def save(self, path: "str | os.PathLike[str]") -> None:
@@ -208,6 +260,7 @@ def calibrate(
     paper: CostTensor | None = None
     branches = 0
     grams: list[npt.NDArray[np.float64]] = []
+    value_grams: list[npt.NDArray[np.float64]] = []
     influences: list[npt.NDArray[np.float64]] = []
     with tqdm(total=len(calls) * num_inference_steps, desc="calibrate", unit="step", disable=not progress) as bar:
         for number, call in enumerate(calls):
@@ -229,6 +282,7 @@ def calibrate(
                 )
             paper = sum(costs, start=paper)
             branches += len(costs)
+            value_grams.append(run.value_gram().numpy())
             if (gram := run.gram()) is not None:
                 grams.append(gram.numpy())
                 influences.append(np.array([run.influence[t] for t in range(run.num_steps)]))
@@ -243,14 +297,28 @@ def calibrate(
         timesteps=run.timesteps,
         num_inputs=len(calls),
         num_branches=len(costs),
+        calls=_as_json(calls),
     )
     seen = len(grams) == len(calls)
     return Calibration(
         facts=facts,
         paper_cost=paper / branches,
         gram=np.stack(grams) if seen else np.empty((0, run.num_steps, run.num_steps)),
+        value_gram=np.stack(value_grams),
         influence=np.mean(influences, axis=0) if seen else np.zeros(run.num_steps),
     )
+
+
+def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | None:
+    plain = [{name: value for name, value in call.items() if name != "generator"} for call in calls]
+    try:
+        return tuple(json.loads(json.dumps(plain)))
+    except TypeError:
+        return None
+
+
+def _forced(method: Method, first_key_steps: int | None) -> int:
+    return first_key_steps if first_key_steps is not None else 3 if method == "paper" else 1
 
 
 def _paper_costs(run: RecordedRun, order: int) -> list[CostTensor]:

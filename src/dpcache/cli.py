@@ -97,7 +97,9 @@ def plan(
         Literal["sampler", "paper"],
         typer.Option(help="How errors are judged: by what the sampler does with them, or as in the paper."),
     ] = "sampler",
-    first: Annotated[int, typer.Option("--first", help="So many first steps are key steps.")] = 3,
+    first: Annotated[
+        int | None, typer.Option("--first", help="So many first steps are key steps [1; 3 with --method paper].")
+    ] = None,
     last: Annotated[int, typer.Option("--last", help="So many last steps are key steps.")] = 0,
     max_gap: Annotated[int | None, typer.Option(help="Longest way from a key step to the next.")] = None,
 ) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .predictors import backward_differences, taylor_coefficients, taylor_weights
+from .predictors import Predictor, Taylor, backward_differences, taylor_coefficients, taylor_weights
 
 CostTensor = npt.NDArray[np.float64]
 
@@ -76,35 +76,44 @@ def paper_cost(
     return cost
 
 
-def sampler_cost(gram: npt.NDArray[np.float64], influence: npt.NDArray[np.float64], order: int = 2) -> CostTensor:
+def sampler_cost(
+    gram: npt.NDArray[np.float64],
+    influence: npt.NDArray[np.float64],
+    predictor: Predictor | None = None,
+    *,
+    power: float = 1.0,
+) -> CostTensor:
     """Cost tensor that knows the sampler: what errors of prediction do to the sample.
 
     The error of one skipped step is the RMS error of the prediction of what the scheduler receives, times how far the
-    scheduler moves the sample on it; `cost[i, j, k]` sums it over the skipped steps j+1 .. k-1 and averages over runs.
+    scheduler moves the sample on it; `cost[i, j, k]` sums its power over the skipped steps j+1 .. k-1 and averages over
+    runs.
     The errors follow in closed form from products of what was received at every two steps. The history of a prediction
     is that of the paper, the consecutive steps up to i, then j, and shorter where the run has just begun.
 
     Args:
         gram: [runs, T, T], mean products (see `RecordedRun.gram`).
         influence: [T], weights of the steps (see `step_influence`).
-        order: order of the Taylor prediction, 0 or more.
+        predictor: what predicts; by default Taylor of order 2.
+        power: 1 counts errors as they are; with more, single large errors weigh heavier than many small ones.
 
     Returns:
         float64 array [T, T+1, T+1] indexed [i, j, k], infinite for i >= j > 0 and k <= j.
     """
+    predictor = predictor or Taylor()
+    order = predictor.order
     steps = len(influence)
     cost = np.full((steps, steps + 1, steps + 1), np.inf)
-    power = np.diagonal(gram, axis1=1, axis2=2)  # [runs, T]
+    norm = np.diagonal(gram, axis1=1, axis2=2)  # [runs, T], squared
     for j in range(steps):
         targets = np.arange(j + 1, steps)
         for i in range(max(j, 1)):
             keys = [*range(max(i - order + 1, 0), i + 1), j] if i < j and order else [j]
-            differences = backward_differences(keys, order)
-            c = taylor_weights(targets - j, len(differences) - 1) @ differences  # [targets, keys]
+            c = predictor.coefficients(keys, targets)
             crossed = gram[:, targets[:, None], keys]
             among = gram[:, np.array(keys)[:, None], keys]
-            square = power[:, targets] - 2 * (crossed * c).sum(axis=2) + np.einsum("ta,sab,tb->st", c, among, c)
-            errors = np.sqrt(np.maximum(square, 0)).mean(axis=0) * influence[targets]
+            square = norm[:, targets] - 2 * (crossed * c).sum(axis=2) + np.einsum("ta,sab,tb->st", c, among, c)
+            errors = ((np.sqrt(np.maximum(square, 0)) * influence[targets]) ** power).mean(axis=0)
             cost[i, j, j + 1] = 0.0
             cost[i, j, j + 2 :] = np.cumsum(errors)
     return cost

@@ -5,14 +5,76 @@ predict the value at a step that is skipped. The answer depends on step indices 
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import pairwise
 from math import factorial
-from typing import Any
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 Coefficients = npt.NDArray[np.float64]
+Steps = Sequence[int] | npt.NDArray[np.integer[Any]]
+
+
+class Predictor(Protocol):
+    """How skipped steps are predicted from key steps."""
+
+    @property
+    def name(self) -> str:
+        """Goes into the schedule, for people."""
+
+    @property
+    def order(self) -> int:
+        """A prediction uses at most order + 1 key steps, the latest."""
+
+    def coefficients(self, keys: Sequence[int], steps: Steps) -> Coefficients:
+        """float64 [steps, keys used]: what the values at the *last* min(order + 1, len(keys)) keys are multiplied by.
+
+        Args:
+            keys: key steps passed so far, strictly increasing, at least one.
+            steps: steps after the last key, to be predicted.
+        """
+
+
+@dataclass(frozen=True)
+class Taylor:
+    """The paper's prediction: a Taylor series of backward differences (see `taylor_coefficients`)."""
+
+    order: int = 2
+    name: ClassVar[str] = "taylor"
+
+    def coefficients(self, keys: Sequence[int], steps: Steps) -> Coefficients:
+        """As `Predictor.coefficients`."""
+        differences = backward_differences(keys, self.order)
+        ahead = np.asarray(steps) - keys[-1]
+        coefficients: Coefficients = taylor_weights(ahead, len(differences) - 1) @ differences
+        return coefficients
+
+
+@dataclass(frozen=True, eq=False)
+class Fitted:
+    """The linear prediction with the least mean square error over recorded runs.
+
+    Attributes:
+        gram: [T, T], mean products of the values at every two steps, over the runs to fit.
+        order: one less than the number of key steps used.
+        ridge: added to the diagonal of the normal equations, as a fraction of its mean: keys close to each other have
+            nearly equal values, and without it their coefficients would be large and of opposite sign.
+    """
+
+    gram: Coefficients
+    order: int = 1
+    ridge: float = 1e-5
+    name: ClassVar[str] = "fitted"
+
+    def coefficients(self, keys: Sequence[int], steps: Steps) -> Coefficients:
+        """As `Predictor.coefficients`."""
+        used = np.asarray(keys)[-(self.order + 1) :]
+        among = self.gram[used[:, None], used]
+        among = among + self.ridge * np.trace(among) / len(used) * np.eye(len(used))
+        coefficients: Coefficients = np.linalg.solve(among, self.gram[used[:, None], np.asarray(steps)]).T
+        return coefficients
 
 
 def backward_differences(keys: Sequence[int], order: int) -> Coefficients:
@@ -59,7 +121,7 @@ def taylor_coefficients(keys: Sequence[int], step: int, order: int = 2) -> Coeff
     return coefficients
 
 
-def taylor_weights(ahead: "Sequence[int] | npt.NDArray[np.integer[Any]]", order: int) -> Coefficients:
+def taylor_weights(ahead: Steps, order: int) -> Coefficients:
     """float64 [steps ahead, m]: what the difference of order m is multiplied by, d^m / m! for d steps ahead."""
     distance = np.asarray(ahead, dtype=np.float64)[:, None]
     orders = np.arange(order + 1)

@@ -52,8 +52,16 @@ class RecordedRun:
         """float64 [T, T]: mean product of what the scheduler received at every two steps; None if that is not known."""
         if len(self.received) < self.num_steps:
             return None
-        received = torch.stack([self.received[t] for t in range(self.num_steps)]).double()
-        return received @ received.T / received.shape[1]
+        return _products(torch.stack([self.received[t] for t in range(self.num_steps)]))
+
+    def value_gram(self) -> torch.Tensor:
+        """float64 [T, T]: mean product of the values at the boundary at every two steps, mean over whole branches."""
+        return torch.stack([_products(values) for values in self.complete_branches()]).mean(dim=0)
+
+
+def _products(values: torch.Tensor) -> torch.Tensor:
+    flat = values.flatten(start_dim=1).double()
+    return flat @ flat.T / flat.shape[1]
 
 
 def record(

@@ -12,12 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from .errors import FileFormatError
 from .files import MAKERS, check_version, read_bytes, write_whole
-from .predictors import taylor_coefficients
+from .predictors import Predictor, Taylor
 
 Boundary = Literal["blocks", "output"]
 
 FORMAT = "dpcache.schedule"
-VERSION = 1
+VERSION = 2
 
 
 class ModelIdentity(BaseModel):
@@ -65,6 +65,11 @@ class Schedule(BaseModel):
     )
     model: ModelIdentity | None = Field(default=None, description="The model it was made for; None admits any.")
     cost: float | None = Field(default=None, description="The plan's cost, in the unit of its calibration.")
+    error: float | None = Field(
+        default=None,
+        description="Measured: root mean square difference of what the pipeline returns from its full run, as a "
+        "fraction of that; geometric mean over inputs.",
+    )
     source: str | None = Field(default=None, description="How it came about, for people.")
 
     @classmethod
@@ -74,17 +79,19 @@ class Schedule(BaseModel):
         num_inference_steps: int,
         *,
         order: int = 2,
+        predictor: Predictor | None = None,
         boundary: Boundary = "blocks",
         model: ModelIdentity | None = None,
         cost: float | None = None,
         source: str | None = None,
     ) -> Self:
-        """Schedule with Taylor predictions of the given order between key steps of your choice.
+        """Schedule with predictions between key steps of your choice.
 
         Args:
             key_steps: increasing, the first is 0.
             num_inference_steps: T, more than the last key step.
             order: order of the Taylor prediction; grows from 0 as key steps arrive.
+            predictor: what predicts instead of Taylor; `order` is of no account then.
             boundary: what is cached, `"blocks"` or `"output"`.
             model: the model it is for; None lets it run on any.
             cost: kept in the schedule, for people.
@@ -95,10 +102,11 @@ class Schedule(BaseModel):
         """
         keys = tuple(key_steps)
         _check_key_steps(keys, num_inference_steps)
+        predictor = predictor or Taylor(order)
         predictions = {}
         for step in sorted(set(range(num_inference_steps)) - set(keys)):
             passed = [key for key in keys if key < step]
-            coefficients = taylor_coefficients(passed, step, order)
+            coefficients = predictor.coefficients(passed, [step])[0]
             predictions[step] = tuple(
                 Term(key_step=key, coefficient=float(c))
                 for key, c in zip(passed[-len(coefficients) :], coefficients, strict=True)
@@ -107,8 +115,8 @@ class Schedule(BaseModel):
             num_inference_steps=num_inference_steps,
             key_steps=keys,
             boundary=boundary,
-            predictor="taylor",
-            order=order,
+            predictor=predictor.name,
+            order=predictor.order,
             predictions=predictions,
             model=model,
             cost=cost,

@@ -1,0 +1,85 @@
+"""Selecting among plans by running them, on the trained tiny-flux."""
+
+import numpy as np
+import pytest
+
+import dpcache
+from dpcache.metrics import psnr
+from dpcache.selection import RECIPES, Recipe
+from tests.conftest import PROMPT, QUICK, STEPS, draw
+
+PROMPTS = [PROMPT, "a large blue star on a grey background, right", "a medium pink cross on a black background, top"]
+CALL = {"num_inference_steps": STEPS, "max_sequence_length": 24}
+FEW = (Recipe("taylor", 1), Recipe("taylor", 2), Recipe("fitted", 1), Recipe("taylor", 2, first_key_steps=4))
+
+
+@pytest.fixture(scope="module")
+def calibration(loaded_flux):
+    return dpcache.calibrate(loaded_flux, PROMPTS[:2], progress=False, **CALL)
+
+
+def error(pipe, schedule, prompt, seed):
+    full = draw(pipe, prompt, seed)
+    with dpcache.enabled(pipe, schedule):
+        return -psnr(full[0], draw(pipe, prompt, seed)[0])
+
+
+def test_the_best_when_run_is_chosen(flux, calibration):
+    """Of plans of very different worth, on inputs that it never saw, the one chosen is at least second best."""
+    chosen = dpcache.select(flux, calibration, 5, inputs=PROMPTS, recipes=FEW, progress=False, **CALL)
+    assert chosen == dpcache.select(flux, calibration, 5, inputs=PROMPTS, recipes=FEW, progress=False, **CALL)
+    plans = [calibration.plan(5, **vars(recipe)) for recipe in FEW]
+    keys = [(plan.key_steps, plan.predictions) for plan in plans]
+    assert (chosen.key_steps, chosen.predictions) in keys
+    assert chosen.num_key_steps == 5
+    others = ["a small green diamond on a white background, left", "a large red heart on a black background, top"]
+    errors = [np.mean([error(flux, plan, prompt, seed) for seed, prompt in enumerate(others)]) for plan in plans]
+    assert errors[keys.index((chosen.key_steps, chosen.predictions))] <= sorted(errors)[1]
+    assert 0 < chosen.error < 1
+    assert "3 inputs" in chosen.source
+
+
+def test_polish_never_returns_a_worse_plan(flux, calibration):
+    settings = {"inputs": PROMPTS[:1], "recipes": FEW[3:], "progress": False, **CALL}
+    plain = dpcache.select(flux, calibration, 5, **settings)
+    errors = [dpcache.select(flux, calibration, 5, polish=runs, **settings).error for runs in (1, 4, 12)]
+    assert plain.error >= errors[0] >= errors[1] >= errors[2]
+    assert errors[2] < plain.error
+
+
+def test_optimize_does_it_all(flux, tmp_path):
+    schedule = dpcache.optimize(flux, PROMPTS, num_key_steps=5, progress=False, **CALL)
+    assert schedule.num_inference_steps == STEPS
+    assert schedule.num_key_steps == 5
+    schedule.save(tmp_path / "s.json")
+    assert dpcache.Schedule.load(tmp_path / "s.json") == schedule
+    with dpcache.enabled(flux, schedule):
+        draw(flux)
+        assert dpcache.stats(flux).computed_steps == schedule.key_steps
+    from_one = dpcache.optimize(flux, PROMPTS[0:1], num_key_steps=5, boundary="output", progress=False, **CALL)
+    assert from_one.boundary == "output"
+
+
+def test_the_calibration_knows_its_inputs(flux, calibration, tmp_path):
+    calibration.save(tmp_path / "c.safetensors")
+    loaded = dpcache.Calibration.load(tmp_path / "c.safetensors")
+    assert [call["prompt"] for call in loaded.facts.calls] == PROMPTS[:2]
+    recipes = FEW[:2]
+    assert dpcache.select(flux, loaded, 5, recipes=recipes, progress=False) == dpcache.select(
+        flux, calibration, 5, inputs=PROMPTS[:2], recipes=recipes, progress=False, **CALL
+    )
+    embeds, pooled, _ = flux.encode_prompt(PROMPT, max_sequence_length=24)
+    tensors = [{"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}]
+    unknown = dpcache.calibrate(flux, tensors, progress=False, **{**QUICK, "output_type": "latent"})
+    with pytest.raises(dpcache.CalibrationError, match="inputs="):
+        dpcache.select(flux, unknown, 5)
+
+
+def test_what_cannot_be_selected(flux, calibration):
+    with pytest.raises(dpcache.InfeasibleBudgetError, match="smallest feasible"):
+        dpcache.select(flux, calibration, 2, recipes=[Recipe(first_key_steps=4)], progress=False)
+    with pytest.raises(dpcache.CalibrationError, match="no recipes"):
+        dpcache.select(flux, calibration, 5, recipes=[], progress=False)
+    with pytest.raises(dpcache.CalibrationError, match="wrap it"):
+        dpcache.select(flux, calibration, 5, inputs=PROMPT, progress=False)
+    assert len(set(RECIPES)) == len(RECIPES)
