@@ -17,9 +17,6 @@ from dpcache.zoo.judge import draw, judge_anywhere
 
 TINY_DIT = BUNDLED["tiny-dit"]
 CPU = torch.device("cpu")
-needs_weights = pytest.mark.skipif(
-    not TINY_DIT.directory.is_dir(), reason="no weights yet: python -m dpcache.zoo.train tiny-dit"
-)
 LITTLE = tiny_dit.Settings(pictures=40, steps=5, batch=4)
 
 
@@ -30,7 +27,6 @@ def pipeline() -> Any:
     return pipeline
 
 
-@needs_weights
 def test_plain_diffusers_loads_and_draws_by_class_name() -> None:
     code = """
 import sys
@@ -45,13 +41,11 @@ print(image.size, len(pipeline.labels), "dpcache" in sys.modules)
     assert output.strip() == "(32, 32) 32 False"
 
 
-@needs_weights
 def test_it_is_small() -> None:
     size = sum(path.stat().st_size for path in TINY_DIT.directory.rglob("*") if path.is_file())
     assert 1e6 < size < 7e6
 
 
-@needs_weights
 def test_nine_of_ten_pictures_are_of_their_class(pipeline: Any) -> None:
     inputs = TINY_DIT.held_out_inputs(96)
     pictures = draw(pipeline, inputs, batch=48, num_inference_steps=50, **TINY_DIT.call_defaults)
@@ -60,7 +54,6 @@ def test_nine_of_ten_pictures_are_of_their_class(pipeline: Any) -> None:
     assert np.mean(right) >= 0.9
 
 
-@needs_weights
 @pytest.mark.parametrize("boundary", ["blocks", "output"])
 def test_it_can_be_planned_and_cached(pipeline: Any, boundary: Any) -> None:
     inputs, call = TINY_DIT.calibration_inputs(2), TINY_DIT.call_defaults
@@ -93,7 +86,6 @@ def test_the_judge_finds_renderings_anywhere() -> None:
     assert not any(judge_anywhere(noise).shows(one) for one in classes.CLASSES)
 
 
-@needs_weights
 def test_saved_blocks_embed_time_and_class_alike(pipeline: Any) -> None:
     embeddings = [block.norm1.emb.state_dict() for block in pipeline.transformer.transformer_blocks]
     table = embeddings[0]["class_embedder.embedding_table.weight"]

@@ -198,7 +198,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--count", type=int, default=200, help="how many inputs [200]")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps [50]")
     parser.add_argument("--pad", type=int, help="max_sequence_length of the call, for captions [32]")
-    parser.add_argument("--guidance", type=float, help="guidance_scale of the call, for classes [2]")
+    parser.add_argument("--guidance", type=float, help="guidance_scale of the call, for classes [3]")
     parser.add_argument("--sheet", type=Path, help="save all the pictures in one image")
     return parser.parse_args(arguments)
 
