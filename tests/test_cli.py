@@ -59,6 +59,13 @@ def test_calibrate_plan_generate_compare_show(run):
     assert "FluxTransformer2DModel" in out and " ".join(map(str, schedule.key_steps)) in out
 
 
+def test_optimize(run):
+    code, out, _ = run("optimize", "tiny-flux", RING, STAR, "-k", "4", "-t", STEPS, "-o", "s.json", "--polish", "2")
+    assert code == 0
+    assert "wrote s.json: 4 of 12 steps in full" in out and "error" in out
+    assert dpcache.Schedule.load("s.json").num_key_steps == 4
+
+
 def test_demo_writes_everything(run):
     code, out, _ = run("demo", "-o", "demo", "--inputs", "2")
     assert code == 0
@@ -97,7 +104,7 @@ def test_wrong_usage(run, words, code, message):
     assert "Traceback" not in out + err
 
 
-@pytest.mark.parametrize("command", ["", "demo", "calibrate", "plan", "generate", "compare", "show"])
+@pytest.mark.parametrize("command", ["", "demo", "optimize", "calibrate", "plan", "generate", "compare", "show"])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(*([command] if command else []), "--help")
     assert code == 0

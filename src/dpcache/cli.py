@@ -88,6 +88,38 @@ def calibrate(
     out.print(f"next: dpcache plan {output} -k 13 -o schedule.json")
 
 
+@app.command(epilog="Example: `dpcache optimize tiny-flux -k 13 -o flux-13.json`")
+def optimize(
+    model: Model,
+    prompts: Prompts = None,
+    num_key_steps: Annotated[int, typer.Option("--key-steps", "-k", help="K: steps to compute in full.")] = 13,
+    output: Output = Path("schedule.json"),
+    prompt_file: PromptFile = None,
+    steps: Steps = 50,
+    boundary: Annotated[Literal["blocks", "output"], typer.Option(help="What is cached and predicted.")] = "blocks",
+    polish: Annotated[int, typer.Option(min=0, help="Runs to spend on moving single key steps afterwards.")] = 0,
+    seed: Seed = 0,
+    settings: Settings = None,
+) -> None:
+    """The best schedule in one go: calibrates, plans in several ways, runs the plans and keeps the best."""
+    from .selection import optimize as run
+
+    inputs = _inputs(model, prompts, prompt_file, held_out=False, count=8)
+    pipeline, arguments = _load(model, settings)
+    schedule = run(
+        pipeline,
+        inputs,
+        num_inference_steps=steps,
+        num_key_steps=num_key_steps,
+        boundary=boundary,
+        polish=polish,
+        seed=seed,
+        **arguments,
+    )
+    schedule.save(output)
+    out.print(f"wrote {output}: {schedule}, error {schedule.error:.2%}, up to {schedule.ideal_speedup:.2f}x faster")
+
+
 @app.command(epilog="Example: `dpcache plan flux.safetensors -k 13 -o flux-13.json`")
 def plan(
     calibration: Annotated[Path, typer.Argument(help="A calibration file.")],

@@ -10,6 +10,7 @@ from .comparison import Comparison, compare_all
 from .files import write_whole
 from .metrics import Picture
 from .report import write_report
+from .selection import select
 from .zoo import BUNDLED, load_pipeline
 
 STEPS = 50
@@ -20,7 +21,7 @@ KEY_STEPS = (13, 9)
 def run_demo(
     model: str, folder: Path, num_inputs: int, say: Callable[[str], object] = print
 ) -> tuple[list[Comparison], Path]:
-    """Calibrates, plans, compares; writes calibration, schedules, pictures and `report.html` into the folder.
+    """Calibrates, selects, compares; writes calibration, schedules, pictures and `report.html` into the folder.
 
     Returns:
         one Comparison per number of key steps, and the report's path.
@@ -37,10 +38,12 @@ def run_demo(
         pipeline, bundled.calibration_inputs(CALIBRATION_INPUTS), num_inference_steps=STEPS, **bundled.call_defaults
     )
     calibration.save(folder / "calibration.safetensors")
-    schedules = [calibration.plan(budget) for budget in KEY_STEPS]
-    for schedule in schedules:
-        say(f"planned {schedule}")
-        schedule.save(folder / f"schedule-{schedule.num_key_steps}.json")
+    schedules = []
+    for budget in KEY_STEPS:
+        schedule = select(pipeline, calibration, budget)
+        say(f"selected {schedule}: {schedule.source}")
+        schedule.save(folder / f"schedule-{budget}.json")
+        schedules.append(schedule)
     say(f"drawing {num_inputs} held-out inputs in full and with {len(schedules)} schedules")
     comparisons = compare_all(
         pipeline, schedules, bundled.held_out_inputs(num_inputs), seeds=1000, **bundled.call_defaults
