@@ -44,6 +44,7 @@ def calibration() -> dpcache.Calibration:
         gram=gram[None],
         value_gram=gram[None],
         influence=np.linspace(0.1, 0.2, 20),
+        sensitivity=np.linspace(0.4, 0.2, 20),
     )
 
 
@@ -62,7 +63,7 @@ def test_schedule_round_trip(data):
 def test_calibration_round_trip_and_plan(calibration, tmp_path):
     calibration.save(tmp_path / "c.safetensors")
     loaded = dpcache.Calibration.load(tmp_path / "c.safetensors")
-    for method in ("sampler", "paper"):
+    for method in ("sampler", "measured", "paper"):
         np.testing.assert_array_equal(loaded.cost(method), calibration.cost(method))
     assert loaded.facts == calibration.facts
     schedule = loaded.plan(num_key_steps=7, max_gap=5)
@@ -76,10 +77,13 @@ def test_calibration_round_trip_and_plan(calibration, tmp_path):
 
 
 def test_method_is_checked(calibration):
-    with pytest.raises(dpcache.CalibrationError, match='"sampler" or "paper"'):
+    with pytest.raises(dpcache.CalibrationError, match='"sampler", "measured" or "paper"'):
         calibration.plan(7, method="magic")
     with pytest.raises(dpcache.CalibrationError, match="Taylor predictions of order 2 alone"):
         calibration.plan(7, method="paper", order=1)
+    unprobed = dataclasses.replace(calibration, sensitivity=np.empty(0))
+    with pytest.raises(dpcache.CalibrationError, match='calibrate with sensitivity="measured"'):
+        unprobed.plan(7, method="measured")
     unseen = dataclasses.replace(calibration, gram=np.empty((0, 20, 20)))
     with pytest.raises(dpcache.CalibrationError, match='plan with method="paper"'):
         unseen.plan(7)

@@ -89,7 +89,9 @@ def calibration() -> Calibration:
 def published(facts: Facts, cost: np.ndarray) -> Calibration:
     """A calibration of which only the paper's cost is known."""
     unseen = np.empty((0, STEPS, STEPS))
-    return Calibration(facts=facts, paper_cost=cost, gram=unseen, value_gram=unseen, influence=np.zeros(STEPS))
+    return Calibration(
+        facts=facts, paper_cost=cost, gram=unseen, value_gram=unseen, influence=np.zeros(STEPS), sensitivity=np.empty(0)
+    )
 
 
 def comparison(schedule, noise, shape=(32, 32, 3), prompts=PROMPTS) -> Comparison:

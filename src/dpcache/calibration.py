@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -25,11 +25,15 @@ from .planner import Plan, plan, plan_all
 from .predictors import Fitted, Predictor, Taylor
 from .recording import RecordedRun, record
 from .schedule import Boundary, ModelIdentity, Schedule
+from .sensitivity import interpolated, measure, probing_calls
+
+#: So many inputs are probed where the sensitivity is measured.
+PROBED_INPUTS = 2
 
 FORMAT = "dpcache.calibration"
 VERSION = "2"
 
-_TENSORS = ("paper_cost", "gram", "value_gram", "influence")
+_TENSORS = ("paper_cost", "gram", "value_gram", "influence", "sensitivity")
 
 
 class Facts(BaseModel):
@@ -51,8 +55,10 @@ class Facts(BaseModel):
     )
 
 
-#: How a cost tensor judges an error: by what the sampler does with it, or as the paper does.
-Method = Literal["sampler", "paper"]
+#: How a cost tensor judges an error: by what the sampler does with it, by what comes of it, or as the paper does.
+Method = Literal["sampler", "measured", "paper"]
+#: How to find what comes of an error: from the sampler alone, or by repeating runs with one.
+Sensitivity = Literal["sampler", "measured"]
 PredictorName = Literal["taylor", "fitted"]
 
 
@@ -68,6 +74,8 @@ class Calibration:
             that could not be seen.
         value_gram: float64 [inputs, T, T], likewise of the values at the boundary, mean over branches.
         influence: float64 [T], how far the scheduler moves the sample per unit of it (see `costs.step_influence`).
+        sensitivity: float64 [T], how far the final sample moves per unit of it, as measured (see
+            `dpcache.sensitivity`); [0] where it was not.
     """
 
     facts: Facts
@@ -75,6 +83,7 @@ class Calibration:
     gram: npt.NDArray[np.float64]
     value_gram: npt.NDArray[np.float64]
     influence: npt.NDArray[np.float64]
+    sensitivity: npt.NDArray[np.float64]
 
     def predictor(self, name: PredictorName = "taylor", order: int | None = None) -> Predictor:
         """The predictor of this name and order: `"taylor"`, or `"fitted"` to the values of this calibration."""
@@ -93,14 +102,16 @@ class Calibration:
 
         Args:
             method: `"sampler"`, RMS errors of what the scheduler receives, weighted by how far it moves on them (see
-                `costs.sampler_cost`); or `"paper"`, mean absolute errors of the values at the boundary.
+                `costs.sampler_cost`); `"measured"`, weighted by how far the final sample was measured to move; or
+                `"paper"`, mean absolute errors of the values at the boundary.
             predictor: whose errors: `"taylor"`, or `"fitted"` by least squares to what was recorded.
             order: one less than the number of key steps it uses; that of the calibration unless given.
             power: as in `costs.sampler_cost`.
 
         Raises:
-            CalibrationError: the method is unknown, the scheduler's steps could not be seen while calibrating, or the
-                paper's method is wanted with another predictor than was calibrated for.
+            CalibrationError: the method is unknown, the scheduler's steps could not be seen while calibrating, its
+                sensitivity was not measured, or the paper's method is wanted with another predictor than was calibrated
+                for.
         """
         order = self.facts.order if order is None else order
         if method == "paper":
@@ -110,22 +121,27 @@ class Calibration:
                     f'calibrated: calibrate with order={order}, or use method="sampler".'
                 )
             return self.paper_cost
-        if method != "sampler":
-            raise CalibrationError(f'method must be "sampler" or "paper", got {method!r}.')
+        if method not in ("sampler", "measured"):
+            raise CalibrationError(f'method must be "sampler", "measured" or "paper", got {method!r}.')
         if not len(self.gram):
             raise CalibrationError(
                 f"what {self.facts.scheduler} was given at every step could not be seen while calibrating "
                 f'{self.facts.pipeline}: plan with method="paper".'
             )
-        known = self._sampler_costs
-        if (predictor, order, power) not in known:
-            known[predictor, order, power] = sampler_cost(
-                self.gram, self.influence, self.predictor(predictor, order), power=power
+        weights = self.influence if method == "sampler" else self.sensitivity
+        if not len(weights):
+            raise CalibrationError(
+                'method="measured" needs the sensitivity, which this calibration did not measure: calibrate with '
+                'sensitivity="measured", or plan with method="sampler".'
             )
-        return known[predictor, order, power]
+        known = self._sampler_costs
+        if (method, predictor, order, power) not in known:
+            chosen = self.predictor(predictor, order)
+            known[method, predictor, order, power] = sampler_cost(self.gram, weights, chosen, power=power)
+        return known[method, predictor, order, power]
 
     @cached_property
-    def _sampler_costs(self) -> dict[tuple[str, int, float], CostTensor]:
+    def _sampler_costs(self) -> dict[tuple[str, str, int, float], CostTensor]:
         return {}
 
     def plan(
@@ -230,6 +246,7 @@ def calibrate(
     num_inference_steps: int = 50,
     boundary: Boundary = "blocks",
     order: int = 2,
+    sensitivity: Sensitivity = "sampler",
     seed: int = 0,
     progress: bool = True,
     **arguments: Any,
@@ -245,6 +262,9 @@ def calibrate(
         boundary: what to cache and predict: `"blocks"`, the last transformer block's output, or `"output"`, the
             denoiser's.
         order: order of the Taylor prediction.
+        sensitivity: `"measured"` repeats the runs of the first two inputs with a prediction at one step, for about a
+            dozen steps, to find how much it matters there: some nine full runs each. Then `method="measured"` can be
+            planned with, far better where errors in the first steps make other pictures.
         seed: input n gets a generator seeded with `seed + n`, unless it brings its own.
         progress: show a progress bar.
         arguments: further arguments of every call; an input's own win.
@@ -262,7 +282,9 @@ def calibrate(
     grams: list[npt.NDArray[np.float64]] = []
     value_grams: list[npt.NDArray[np.float64]] = []
     influences: list[npt.NDArray[np.float64]] = []
-    with tqdm(total=len(calls) * num_inference_steps, desc="calibrate", unit="step", disable=not progress) as bar:
+    probed = calls[:PROBED_INPUTS] if sensitivity == "measured" else []
+    total = len(calls) * num_inference_steps + len(probed) * probing_calls(num_inference_steps)
+    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress) as bar:
         for number, call in enumerate(calls):
             try:
                 run = record(
@@ -286,6 +308,10 @@ def calibrate(
             if (gram := run.gram()) is not None:
                 grams.append(gram.numpy())
                 influences.append(np.array([run.influence[t] for t in range(run.num_steps)]))
+        measured = [
+            measure(pipeline, partial(seeded, pipeline, call, seed + number), bar.update)
+            for number, call in enumerate(probed)
+        ]
     assert paper is not None  # there is at least one call
     facts = Facts(
         num_inference_steps=run.num_steps,
@@ -300,12 +326,14 @@ def calibrate(
         calls=_as_json(calls),
     )
     seen = len(grams) == len(calls)
+    influence = np.mean(influences, axis=0) if seen else np.zeros(run.num_steps)
     return Calibration(
         facts=facts,
         paper_cost=paper / branches,
         gram=np.stack(grams) if seen else np.empty((0, run.num_steps, run.num_steps)),
         value_gram=np.stack(value_grams),
-        influence=np.mean(influences, axis=0) if seen else np.zeros(run.num_steps),
+        influence=influence,
+        sensitivity=interpolated(measured, influence) if measured and seen else np.empty(0),
     )
 
 

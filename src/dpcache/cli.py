@@ -74,6 +74,9 @@ def calibrate(
     steps: Steps = 50,
     boundary: Annotated[Literal["blocks", "output"], typer.Option(help="What is cached and predicted.")] = "blocks",
     order: Annotated[int, typer.Option(min=0, help="Order of the Taylor prediction.")] = 2,
+    sensitivity: Annotated[
+        Literal["sampler", "measured"], typer.Option(help="What an error does: by the sampler alone, or measured.")
+    ] = "sampler",
     seed: Seed = 0,
     settings: Settings = None,
 ) -> None:
@@ -82,7 +85,16 @@ def calibrate(
 
     inputs = _inputs(model, prompts, prompt_file, held_out=False, count=5)
     pipeline, arguments = _load(model, settings)
-    found = run(pipeline, inputs, num_inference_steps=steps, boundary=boundary, order=order, seed=seed, **arguments)
+    found = run(
+        pipeline,
+        inputs,
+        num_inference_steps=steps,
+        boundary=boundary,
+        order=order,
+        sensitivity=sensitivity,
+        seed=seed,
+        **arguments,
+    )
     found.save(output)
     out.print(f"wrote {output}: {found.facts.num_inputs} inputs, {found.facts.num_inference_steps} steps")
     out.print(f"next: dpcache plan {output} -k 13 -o schedule.json")
@@ -126,8 +138,10 @@ def plan(
     num_key_steps: Annotated[int, typer.Option("--key-steps", "-k", help="K: steps to compute in full.")],
     output: Output = Path("schedule.json"),
     method: Annotated[
-        Literal["sampler", "paper"],
-        typer.Option(help="How errors are judged: by what the sampler does with them, or as in the paper."),
+        Literal["sampler", "measured", "paper"],
+        typer.Option(
+            help="How errors are judged: by what the sampler does with them, what comes of them, or as in the paper."
+        ),
     ] = "sampler",
     first: Annotated[
         int | None, typer.Option("--first", help="So many first steps are key steps [1; 3 with --method paper].")

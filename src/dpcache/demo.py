@@ -35,7 +35,11 @@ def run_demo(
     pipeline = load_pipeline(model)
     say(f"calibrating {model} on {CALIBRATION_INPUTS} inputs, {STEPS} steps each")
     calibration = calibrate(
-        pipeline, bundled.calibration_inputs(CALIBRATION_INPUTS), num_inference_steps=STEPS, **bundled.call_defaults
+        pipeline,
+        bundled.calibration_inputs(CALIBRATION_INPUTS),
+        num_inference_steps=STEPS,
+        sensitivity="measured",
+        **bundled.call_defaults,
     )
     calibration.save(folder / "calibration.safetensors")
     schedules = []

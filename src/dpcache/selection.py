@@ -15,7 +15,7 @@ import torch
 from tqdm.auto import tqdm
 
 from .cache import enabled, require_disabled
-from .calibration import Calibration, PredictorName, calibrate
+from .calibration import Calibration, Method, PredictorName, calibrate
 from .errors import CalibrationError, InfeasibleBudgetError
 from .inputs import Input, call_arguments, seeded
 from .recording import quiet
@@ -34,6 +34,7 @@ class Recipe:
     """One way to plan.
 
     Attributes:
+        method: how errors are judged (see `Calibration.cost`).
         predictor: what predicts (see `Calibration.predictor`).
         order: its order.
         power: of errors in the cost (see `costs.sampler_cost`).
@@ -43,6 +44,7 @@ class Recipe:
 
     predictor: PredictorName = "taylor"
     order: int = 2
+    method: Method = "sampler"
     power: float = 1.0
     first_key_steps: int = 1
     last_key_steps: int = 0
@@ -50,7 +52,8 @@ class Recipe:
     def __str__(self) -> str:
         forced = f"{self.first_key_steps} forced at the start"
         forced += f" and {self.last_key_steps} at the end" if self.last_key_steps else ""
-        return f"{self.predictor} of order {self.order}, errors to the power {self.power:g}, {forced}"
+        power = f" to the power {self.power:g}" if self.power != 1 else ""
+        return f"{self.predictor} of order {self.order}, errors by the {self.method} weights{power}, {forced}"
 
 
 _PREDICTORS: tuple[tuple[PredictorName, int], ...] = (
@@ -60,11 +63,12 @@ _PREDICTORS: tuple[tuple[PredictorName, int], ...] = (
     ("fitted", 1),
     ("fitted", 2),
 )
+_JUDGEMENTS: tuple[tuple[Method, float], ...] = (("sampler", 1.0), ("measured", 1.0), ("sampler", 2.0))
 RECIPES = tuple(
-    Recipe(predictor, order, power, first)
-    for (predictor, order), power, first in itertools.product(_PREDICTORS, (1.0, 2.0), (1, 3))
+    Recipe(predictor, order, method, power, first)
+    for (predictor, order), (method, power), first in itertools.product(_PREDICTORS, _JUDGEMENTS, (1, 3))
 )
-"""What `select` and `optimize` try."""
+"""What `select` and `optimize` try; what was not measured is left out."""
 
 
 def optimize(
@@ -81,7 +85,8 @@ def optimize(
 ) -> Schedule:
     """Calibrates, plans and selects: the best schedule for a pipeline, in one call.
 
-    Costs one full run for every input, and about as many full calls again as `select` says.
+    Costs one full run for every input, nine for each of two to measure the sensitivity (see `calibrate`), and the full
+    calls that `select` says: about 40 full runs for five inputs.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -105,6 +110,7 @@ def optimize(
         inputs[:fitted],
         num_inference_steps=num_inference_steps,
         boundary=boundary,
+        sensitivity="measured",
         seed=seed,
         progress=progress,
         **arguments,
@@ -226,8 +232,12 @@ class _Trial:
 def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[Recipe]) -> list[_Candidate]:
     """Every different plan, with the recipe that gave it first."""
     found: dict[Any, _Candidate] = {}
-    infeasible: Exception = CalibrationError("there are no recipes to select from.")
+    infeasible: Exception = CalibrationError(
+        'there are no recipes to select from, or only such as need a calibration with sensitivity="measured".'
+    )
     for recipe in recipes:
+        if recipe.method == "measured" and not len(calibration.sensitivity):
+            continue
         try:
             schedule = calibration.plan(num_key_steps, **vars(recipe))
         except InfeasibleBudgetError as error:
