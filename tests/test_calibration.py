@@ -113,6 +113,18 @@ def test_plan_rejects_impossible_budgets(flux):
     assert calibration.plan(STEPS).key_steps == tuple(range(STEPS))
 
 
+def test_plan_for_a_speedup(flux):
+    calibration = dpcache.calibrate(flux, [PROMPT], progress=False, **QUICK)
+    for budget in range(1, STEPS + 1):
+        assert calibration.plan(speedup=STEPS / budget).num_key_steps == budget
+    assert calibration.plan(speedup=2.5) == calibration.plan(4)  # with 5 the speedup is 2.4
+    for arguments in ({}, {"num_key_steps": 4, "speedup": 3.0}):
+        with pytest.raises(ValueError, match="either num_key_steps or speedup"):
+            calibration.plan(**arguments)
+    with pytest.raises(ValueError, match="from 1 to the number of steps"):
+        calibration.plan(speedup=0.5)
+
+
 def test_compare_counts_and_measures(flux):
     schedule = dpcache.Schedule.uniform(4, STEPS)
     arguments = {key: value for key, value in QUICK.items() if key != "num_inference_steps"}

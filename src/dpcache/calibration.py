@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -146,8 +147,9 @@ class Calibration:
 
     def plan(
         self,
-        num_key_steps: int,
+        num_key_steps: int | None = None,
         *,
+        speedup: float | None = None,
         method: Method = "sampler",
         predictor: PredictorName = "taylor",
         order: int | None = None,
@@ -156,15 +158,16 @@ class Calibration:
         last_key_steps: int = 0,
         max_gap: int | None = None,
     ) -> Schedule:
-        """The best schedule with this many key steps.
+        """The best schedule with this many key steps, or for this speedup.
 
-        `method`, `predictor`, `order` and `power` are as in `cost`; the other arguments and the errors as in
-        `dpcache.plan`, but that of the first steps 3 are forced with the paper's method, as there, and 1 with the
-        other, whose cost says what they are worth.
+        `speedup` is T / K, what skipped steps that cost nothing would give: as many key steps as it allows. `method`,
+        `predictor`, `order` and `power` are as in `cost`; the other arguments and the errors as in `dpcache.plan`, but
+        that of the first steps 3 are forced with the paper's method, as there, and 1 with the others, whose cost says
+        what they are worth.
         """
         found = plan(
             self.cost(method, predictor=predictor, order=order, power=power),
-            num_key_steps,
+            _key_steps(self.facts.num_inference_steps, num_key_steps, speedup),
             first_key_steps=_forced(method, first_key_steps),
             last_key_steps=last_key_steps,
             max_gap=max_gap,
@@ -343,6 +346,18 @@ def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | No
         return tuple(json.loads(json.dumps(plain)))
     except TypeError:
         return None
+
+
+def _key_steps(num_steps: int, num_key_steps: int | None, speedup: float | None) -> int:
+    if (num_key_steps is None) == (speedup is None):
+        raise ValueError("give either num_key_steps or speedup.")
+    if num_key_steps is not None:
+        return num_key_steps
+    assert speedup is not None
+    if not 1 <= speedup <= num_steps:
+        raise ValueError(f"speedup must be from 1 to the number of steps ({num_steps}), got {speedup}.")
+    # A hair more, for 50 / 3.5714... is meant as 14.
+    return math.floor(num_steps / speedup + 1e-9)
 
 
 def _forced(method: Method, first_key_steps: int | None) -> int:

@@ -135,7 +135,8 @@ def optimize(
 @app.command(epilog="Example: `dpcache plan flux.safetensors -k 13 -o flux-13.json`")
 def plan(
     calibration: Annotated[Path, typer.Argument(help="A calibration file.")],
-    num_key_steps: Annotated[int, typer.Option("--key-steps", "-k", help="K: steps to compute in full.")],
+    num_key_steps: Annotated[int | None, typer.Option("--key-steps", "-k", help="K: steps to compute in full.")] = None,
+    speedup: Annotated[float | None, typer.Option(help="T / K instead: as many key steps as it allows.")] = None,
     output: Output = Path("schedule.json"),
     method: Annotated[
         Literal["sampler", "measured", "paper"],
@@ -152,8 +153,10 @@ def plan(
     """Finds the best key steps for a budget and writes the schedule."""
     from .calibration import Calibration
 
+    if (num_key_steps is None) == (speedup is None):
+        raise typer.BadParameter("give either --key-steps or --speedup.")
     schedule = Calibration.load(calibration).plan(
-        num_key_steps, method=method, first_key_steps=first, last_key_steps=last, max_gap=max_gap
+        num_key_steps, speedup=speedup, method=method, first_key_steps=first, last_key_steps=last, max_gap=max_gap
     )
     schedule.save(output)
     out.print(f"wrote {output}: {schedule}, cost {schedule.cost:.4g}, up to {schedule.ideal_speedup:.2f}x faster")
