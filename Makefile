@@ -11,7 +11,7 @@ demo: .venv/installed  ## calibrate tiny-flux, plan, generate in full and cached
 	$(BIN)/dpcache demo
 
 test: .venv/installed  ## every test
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadscope
 
 check: .venv/installed  ## style and types
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from .denoisers import find_denoisers, identify
 from .errors import CalibrationError, FileFormatError
 from .files import MAKERS, check_version, read_bytes, write_whole
 from .inputs import Input, call_arguments, seeded
-from .planner import Plan, plan, plan_all
+from .planner import Objective, Plan, plan, plan_all
 from .predictors import Fitted, Predictor, Taylor
 from .recording import RecordedRun, record
 from .schedule import Boundary, ModelIdentity, Schedule
@@ -157,6 +157,7 @@ class Calibration:
         first_key_steps: int | None = None,
         last_key_steps: int = 0,
         max_gap: int | None = None,
+        objective: Objective = "sum",
     ) -> Schedule:
         """The best schedule with this many key steps, or for this speedup.
 
@@ -171,6 +172,7 @@ class Calibration:
             first_key_steps=_forced(method, first_key_steps),
             last_key_steps=last_key_steps,
             max_gap=max_gap,
+            objective=objective,
         )
         source = f"planned by {method} cost from {self.facts.num_inputs} calibration inputs"
         schedule = self.schedule(found.key_steps, predictor, order)

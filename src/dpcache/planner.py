@@ -6,6 +6,7 @@ over *pairs* of key steps (i, j). Keeping one predecessor per step, as the recur
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,9 @@ import numpy.typing as npt
 from .errors import InfeasibleBudgetError
 
 Array = npt.NDArray[np.float64]
+#: What a path costs: the sum of its hops, or the largest of them.
+Objective = Literal["sum", "max"]
+_TOGETHER: dict[Objective, np.ufunc] = {"sum": np.add, "max": np.maximum}
 
 
 @dataclass(frozen=True)
@@ -21,7 +25,7 @@ class Plan:
 
     Attributes:
         key_steps: the steps to compute in full, increasing, the first is 0.
-        cost: sum of the cost tensor along the path, the final hop to step T included; in the tensor's unit.
+        cost: of the path, the final hop to step T included: sum (or largest) of the cost tensor along it, in its unit.
     """
 
     key_steps: tuple[int, ...]
@@ -35,6 +39,7 @@ def plan(
     first_key_steps: int = 3,
     last_key_steps: int = 0,
     max_gap: int | None = None,
+    objective: Objective = "sum",
 ) -> Plan:
     """Best plan with exactly `num_key_steps` key steps. Exact: no other choice of key steps costs less.
 
@@ -45,12 +50,13 @@ def plan(
         first_key_steps: steps 0 .. first_key_steps - 1 are key steps.
         last_key_steps: steps T - last_key_steps .. T - 1 are key steps.
         max_gap: largest allowed k - j, the final hop to T included; None for no limit.
+        objective: what to make least, the `"sum"` of the costs of all hops or the largest of them, `"max"`.
 
     Raises:
         InfeasibleBudgetError: no plan with K key steps satisfies the constraints; the message says which K does.
         ValueError: an argument out of range, or a cost tensor of the wrong shape or with NaN.
     """
-    search = _Search(cost, first_key_steps, last_key_steps, max_gap)
+    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective)
     if not 1 <= num_key_steps <= search.steps:
         raise ValueError(f"num_key_steps must be from 1 to the number of steps ({search.steps}), got {num_key_steps}.")
     for budget in search.run(num_key_steps):
@@ -66,13 +72,14 @@ def plan_all(
     first_key_steps: int = 3,
     last_key_steps: int = 0,
     max_gap: int | None = None,
+    objective: Objective = "sum",
 ) -> dict[int, Plan]:
     """Best plan for every feasible number of key steps, in one pass; arguments as in `plan`.
 
     Returns:
         {K: Plan} for every feasible K, increasing; empty where the constraints leave none.
     """
-    search = _Search(cost, first_key_steps, last_key_steps, max_gap)
+    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective)
     plans = ((budget, search.best(budget)) for budget in search.run(search.steps))
     return {budget: found for budget, found in plans if found is not None}
 
@@ -85,7 +92,10 @@ class _Search:
     cost of m key steps that end in state (j, g). Gap 0 belongs to the first key step alone.
     """
 
-    def __init__(self, cost: npt.ArrayLike, first: int, last: int, max_gap: int | None) -> None:
+    def __init__(self, cost: npt.ArrayLike, first: int, last: int, max_gap: int | None, objective: Objective) -> None:
+        if objective not in _TOGETHER:
+            raise ValueError(f'objective must be "sum" or "max", got {objective!r}.')
+        self.together = _TOGETHER[objective]
         table = _validated(cost)
         self.steps = table.shape[1] - 1
         self.first, self.last, self.max_gap = first, last, max_gap
@@ -124,7 +134,7 @@ class _Search:
         width = self.hop.shape[2] - 1
         for budget in range(2, max_keys + 1):
             # Cheapest way from any state at j on to j + h, for every h, put where it arrives.
-            onward = (self.value[-1][:, :, None] + self.hop).min(axis=1)  # [j, h]
+            onward = self.together(self.value[-1][:, :, None], self.hop).min(axis=1)  # [j, h]
             arrived = np.full_like(start, np.inf)
             for h in range(1, min(width, self.steps - 1) + 1):
                 arrived[h:, h] = onward[: self.steps - h, h]
@@ -137,7 +147,7 @@ class _Search:
         j, g = np.indices(value.shape)
         final = self.steps - j
         reach = final < self.hop.shape[2]
-        total = np.where(reach, value + self.hop[j, g, np.where(reach, final, 0)], np.inf)
+        total = np.where(reach, self.together(value, self.hop[j, g, np.where(reach, final, 0)]), np.inf)
         step, gap = (int(n) for n in np.unravel_index(np.argmin(total), total.shape))
         cost = float(total[step, gap])
         if not np.isfinite(cost):
@@ -146,7 +156,7 @@ class _Search:
         for earlier in reversed(self.value[: budget - 1]):
             step, hop = step - gap, gap
             path.append(step)
-            gap = int(np.argmin(earlier[step] + self.hop[step, :, hop]))
+            gap = int(np.argmin(self.together(earlier[step], self.hop[step, :, hop])))
         return Plan(tuple(reversed(path)), cost)
 
 

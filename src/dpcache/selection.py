@@ -25,7 +25,7 @@ from .schedule import Boundary, Schedule
 FITTED_SHARE = 0.6
 #: Seeds of selection are so far from those of calibration that they never meet.
 SEED_OFFSET = 1_000_000
-#: So many candidates are run on all inputs, however badly one of them fares on the first.
+#: So many candidates are run in all trials, however badly one of them fares in the first.
 FINALISTS = 3
 
 
@@ -63,10 +63,10 @@ _PREDICTORS: tuple[tuple[PredictorName, int], ...] = (
     ("fitted", 1),
     ("fitted", 2),
 )
-_JUDGEMENTS: tuple[tuple[Method, float], ...] = (("sampler", 1.0), ("measured", 1.0), ("sampler", 2.0))
+_JUDGEMENTS: tuple[tuple[Method, int], ...] = (("measured", 1), ("sampler", 1), ("sampler", 3))
 RECIPES = tuple(
-    Recipe(predictor, order, method, power, first)
-    for (predictor, order), (method, power), first in itertools.product(_PREDICTORS, _JUDGEMENTS, (1, 3))
+    Recipe(predictor, order, method, first_key_steps=first)
+    for (method, first), (predictor, order) in itertools.product(_JUDGEMENTS, _PREDICTORS)
 )
 """What `select` and `optimize` try; what was not measured is left out."""
 
@@ -78,6 +78,7 @@ def optimize(
     num_inference_steps: int = 50,
     num_key_steps: int = 13,
     boundary: Boundary = "blocks",
+    num_trials: int = 8,
     polish: int = 0,
     seed: int = 0,
     progress: bool = True,
@@ -86,7 +87,7 @@ def optimize(
     """Calibrates, plans and selects: the best schedule for a pipeline, in one call.
 
     Costs one full run for every input, nine for each of two to measure the sensitivity (see `calibrate`), and the full
-    calls that `select` says: about 40 full runs for five inputs.
+    calls that `select` says: about 50 full runs for five inputs.
 
     Args:
         pipeline: a diffusers pipeline.
@@ -95,6 +96,7 @@ def optimize(
         num_inference_steps: T of the pipeline's call.
         num_key_steps: K, the steps to compute in full.
         boundary: what to cache and predict (see `calibrate`).
+        num_trials: as in `select`.
         polish: as in `select`.
         seed: of the noise.
         progress: show progress bars.
@@ -120,6 +122,7 @@ def optimize(
         calibration,
         num_key_steps,
         inputs=inputs[fitted:] or inputs,
+        num_trials=num_trials,
         polish=polish,
         seed=seed,
         progress=progress,
@@ -134,6 +137,7 @@ def select(
     *,
     inputs: Sequence[Input] | None = None,
     recipes: Sequence[Recipe] = RECIPES,
+    num_trials: int = 8,
     polish: int = 0,
     seed: int = 0,
     progress: bool = True,
@@ -141,8 +145,8 @@ def select(
 ) -> Schedule:
     """The plan that is best when really run, among those by several recipes.
 
-    Every candidate is run on the first input; the better half of them goes on to the next, down to three. With n
-    candidates and m inputs that takes m full runs and fewer than 2 n + 3 m runs with K full calls. Deterministic.
+    Every candidate is run in the first two trials; the better half of them goes on to the next, down to three. With n
+    candidates and m trials that takes m full runs and fewer than 3 n + 3 m runs with K full calls. Deterministic.
 
     Args:
         pipeline: the pipeline that was calibrated.
@@ -151,8 +155,9 @@ def select(
         inputs: what to run, best other inputs than were calibrated on; those of the calibration unless given. Their
             noise is other in any case.
         recipes: how the candidates are planned.
+        num_trials: how many runs to judge by, at least; with fewer inputs they are repeated with other noise.
         polish: how many further runs with K full calls may be spent on moving single key steps of the best plan, each
-            move kept if it lowers the error over all inputs.
+            move kept if it lowers the error over all trials.
         seed: of the noise.
         progress: show a progress bar.
         arguments: of every call, beside inputs that are given; `num_inference_steps` is that of the calibration unless
@@ -177,22 +182,25 @@ def select(
             )
         inputs = calibration.facts.calls
     calls = call_arguments(inputs, {"num_inference_steps": steps, "output_type": "latent", **arguments})
+    calls *= math.ceil(num_trials / len(calls))
     trials = [_Trial(pipeline, seeded(pipeline, call, SEED_OFFSET + seed + n)) for n, call in enumerate(calls)]
     kept = candidates
     with tqdm(desc="select", unit="run", disable=not progress) as bar:
-        for trial in trials:
+        for number, trial in enumerate(trials):
             trial.run_in_full()
             bar.update()
             for candidate in kept:
                 candidate.errors.append(trial.error(candidate.schedule))
                 bar.update()
-            kept = sorted(kept, key=_Candidate.mean_error)[: max(FINALISTS, math.ceil(len(kept) / 2))]
+            kept = sorted(kept, key=_Candidate.mean_error)
+            if number:
+                kept = kept[: max(FINALISTS, math.ceil(len(kept) / 2))]
         best = kept[0]
         for candidate in _moves(best, calibration, polish // len(trials)):
             candidate.errors = [trial.error(candidate.schedule) for trial in trials]
             bar.update(len(trials))
             best = min(best, candidate, key=_Candidate.mean_error)
-    source = f"best of {len(candidates)} plans when run on {len(trials)} inputs: {best.recipe}"
+    source = f"best of {len(candidates)} plans in {len(trials)} trials: {best.recipe}"
     return best.schedule.model_copy(update={"error": 10 ** best.mean_error(), "source": source})
 
 
@@ -200,7 +208,7 @@ def select(
 class _Candidate:
     schedule: Schedule
     recipe: Recipe
-    #: log10 of the relative RMS error on every input run so far.
+    #: log10 of the relative RMS error in every trial so far.
     errors: list[float] = field(default_factory=list)
 
     def mean_error(self) -> float:
