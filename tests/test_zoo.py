@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from dpcache.zoo import BUNDLED, UnknownModelError, load_pipeline, shapes, tiny_flux, train, training
-from dpcache.zoo.judge import draw, judge, reconstruction_psnr
+from dpcache.zoo.judge import draw, fresh_pictures, judge, reconstruction_psnr
 from dpcache.zoo.muon import orthogonalise
 
 TINY_FLUX = BUNDLED["tiny-flux"]
@@ -65,7 +65,7 @@ def test_nine_of_ten_held_out_captions_come_out_right(pipeline: Any) -> None:
 
 
 def test_autoencoder_reconstructs(pipeline: Any) -> None:
-    assert reconstruction_psnr(pipeline, 50) > 31
+    assert reconstruction_psnr(pipeline, fresh_pictures(50)) > 31
 
 
 def test_padding_hardly_matters(pipeline: Any) -> None:

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dpcache.errors import UnknownModelError
-from dpcache.zoo import classes, shapes
+from dpcache.zoo import classes, clips, shapes
 
 if TYPE_CHECKING:
     import torch
@@ -95,6 +95,25 @@ _ROWS = (
         attributes=MappingProxyType({}),
         calibration_pool=lambda: _class_inputs("calibration"),
         held_out_pool=lambda: _class_inputs("held-out"),
+    ),
+    BundledModel(
+        name="tiny-hunyuan-video",
+        description="HunyuanVideoPipeline, text to nine 32x32 frames of a moving coloured shape, 3.6 M parameters",
+        directory=Path(__file__).parent / "models" / "tiny-hunyuan-video",
+        recipe="dpcache.zoo.tiny_hunyuan_video",
+        # The pipeline's own template asks an 8 B language model for a description of a video.
+        call_defaults=MappingProxyType(
+            {
+                "height": 32,
+                "width": 32,
+                "num_frames": 9,
+                "prompt_template": {"template": "{}", "crop_start": 0},
+                "max_sequence_length": 16,
+            }
+        ),
+        attributes=MappingProxyType({}),
+        calibration_pool=lambda: clips.split_captions()[0],
+        held_out_pool=lambda: clips.split_captions()[1],
     ),
 )
 

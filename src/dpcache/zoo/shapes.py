@@ -218,6 +218,23 @@ def coverage(shape: str, centres: Floats, radii: Floats) -> Floats:
     return covered
 
 
+def paint(covered: Floats, colours: Floats, backgrounds: Floats) -> npt.NDArray[np.uint8]:
+    """Blend a colour into a grey background where a shape covers it.
+
+    Args:
+        covered: (n, SIDE, SIDE), 0 to 1.
+        colours: (n or 1, 3), about 0 to 255.
+        backgrounds: (n or 1, SIDE, SIDE), about 0 to 255.
+
+    Returns:
+        (n, SIDE, SIDE, 3), RGB, 0 to 255.
+    """
+    alpha = covered[..., None]
+    pictures = alpha * colours[:, None, None, :] + (1 - alpha) * backgrounds[..., None]
+    pixels: npt.NDArray[np.uint8] = np.clip(np.rint(pictures), 0, 255).astype(np.uint8)
+    return pixels
+
+
 def _render_chunk(scenes: Sequence[Scene], jitter: Floats) -> npt.NDArray[np.uint8]:
     centres = np.array([scene.centre for scene in scenes], np.float32) + JITTER["shift"] * jitter[:, 0:2]
     radii = np.array([SIZES[scene.size] for scene in scenes], np.float32) * (1 + JITTER["radius"] * jitter[:, 2])
@@ -229,10 +246,7 @@ def _render_chunk(scenes: Sequence[Scene], jitter: Floats) -> npt.NDArray[np.uin
     for shape in np.unique(names):
         chosen = names == shape
         covered[chosen] = coverage(str(shape), centres[chosen], radii[chosen])
-    alpha = covered[..., None]
-    pictures = alpha * colours[:, None, None, :] + (1 - alpha) * backgrounds[..., None]
-    pixels: npt.NDArray[np.uint8] = np.clip(np.rint(pictures), 0, 255).astype(np.uint8)
-    return pixels
+    return paint(covered, colours, backgrounds)
 
 
 def render(scenes: Sequence[Scene], *, seed: int) -> npt.NDArray[np.uint8]:

@@ -6,7 +6,6 @@ at last the decoder alone on the same latents, for crisper edges.
 """
 
 import copy
-import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from transformers import (
     T5TokenizerFast,
 )
 
-from dpcache.zoo import shapes
+from dpcache.zoo import shapes, words
 from dpcache.zoo.training import Stage, train_stage
 
 MAX_PADS = 512
@@ -58,36 +57,9 @@ def _words() -> list[str]:
     return sorted({word for caption in captions for word in caption.replace(",", " ,").split()})
 
 
-def _merges(words: list[str]) -> list[tuple[str, str]]:
-    """Byte-pair merges, most frequent pair first (ties by spelling), until every word is a single token."""
-    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
-    merges: list[tuple[str, str]] = []
-    while any(len(word) > 1 for word in pieces):
-        counts: dict[tuple[str, str], int] = {}
-        for word in pieces:
-            for pair in itertools.pairwise(word):
-                counts[pair] = counts.get(pair, 0) + 1
-        best = min(counts, key=lambda pair: (-counts[pair], pair))
-        merges.append(best)
-        for word in pieces:
-            place = 0
-            while place < len(word) - 1:
-                if (word[place], word[place + 1]) == best:
-                    word[place : place + 2] = ["".join(best)]
-                place += 1
-    return merges
-
-
 def build_clip_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer with one token a word of the grammar, smaller pieces for other lower-case words."""
-    words = _words()
-    merges = _merges(words)
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    # The end token is not 2, which transformers takes for the sign of an old CLIP and then pools the highest token.
-    tokens = ["<|startoftext|>", "<|endoftext|>", "<unk>", ",", ",</w>", *letters, *(c + "</w>" for c in letters)]
-    tokens += [token for token in dict.fromkeys("".join(pair) for pair in merges) if token not in tokens]
-    vocabulary = {token: number for number, token in enumerate(tokens)}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, unk_token="<unk>", model_max_length=24)
+    return words.clip_tokenizer(_words(), max_length=24)
 
 
 def build_t5_tokenizer() -> T5TokenizerFast:
