@@ -3,28 +3,51 @@
 import copy
 import functools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
-from torch import nn
 
 Listener = Callable[..., Any]
 
 _CREATED = "_dpcache_created_registry"
 
 
-def attach(module: nn.Module, hook: ModelHook, name: str) -> None:
+class Hook(ModelHook):  # type: ignore[misc]
+    """Runs its `new_forward` in place of what lies beneath it."""
+
+    entered: Callable[..., Any]
+
+    def beneath(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's own forward, with whatever other hooks lie beneath this one."""
+        return self.fn_ref.original_forward(*args, **kwargs)
+
+    def mend(self) -> None:
+        """Has calls go through the hook again: diffusers, removing one beneath it, joins what is left past this one."""
+        if self.fn_ref.forward is not self.entered:
+            self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self.entered
+
+
+def attach(module: Any, hook: Hook, name: str) -> None:
     """Registers a hook on one module, next to whatever hooks diffusers has there."""
     created = not hasattr(module, "_diffusers_hook")
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if created:
         setattr(registry, _CREATED, True)
-    registry.register_hook(hook, name)
+    with _beneath_accelerate(module):
+        registry.register_hook(hook, name)
+    hook.entered = hook.fn_ref.forward
+    module.__deepcopy__ = functools.partial(_copy, module)
 
 
-def detach(module: nn.Module, name: str) -> None:
-    """Removes a hook put there by `attach`, and what registering it left on the module."""
+def detach(module: Any, name: str) -> None:
+    """Removes a hook put there by `attach`, and what registering it left."""
+    with _beneath_accelerate(module):
+        _detach(module, name)
+
+
+def _detach(module: Any, name: str) -> None:
     registry: Any = module._diffusers_hook
     names = list(registry.hooks)
     above = [registry.hooks[other].fn_ref for other in names[names.index(name) + 1 :][:1]]
@@ -35,6 +58,8 @@ def detach(module: nn.Module, name: str) -> None:
         # would lose that, and finds what lies below in `original_forward`.
         if reference.original_forward is not None:
             reference.original_forward, reference.forward = reference.forward, forward
+    if not any(isinstance(hook, Hook) for hook in registry.hooks.values()):
+        del module.__deepcopy__
     if registry.hooks:
         return
     own = vars(module).get("forward")
@@ -42,6 +67,34 @@ def detach(module: nn.Module, name: str) -> None:
         del module.forward
     if getattr(registry, _CREATED, False):
         del module._diffusers_hook
+
+
+@contextmanager
+def _beneath_accelerate(module: Any) -> Iterator[None]:
+    """Has `module.forward` be what lies beneath accelerate's hook.
+
+    Offloading takes that hook off, with all that lies above it, and puts it on again at the end of every pipeline call.
+    """
+    if "_old_forward" not in vars(module):
+        yield
+        return
+    above, module.forward = module.forward, module._old_forward
+    try:
+        yield
+    finally:
+        module._old_forward, module.forward = module.forward, above
+
+
+def _copy(module: Any, memo: dict[int, Any]) -> Any:
+    """A copy without this library's hooks, which would call the original: they close over it."""
+    hooks = {name: hook for name, hook in module._diffusers_hook.hooks.items() if isinstance(hook, Hook)}
+    for name in hooks:
+        detach(module, name)
+    try:
+        return copy.deepcopy(module, memo)
+    finally:
+        for name, hook in hooks.items():
+            attach(module, hook, name)
 
 
 def listen(owner: Any, method: str, listener: Listener) -> Callable[[], None]:

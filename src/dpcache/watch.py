@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from diffusers.hooks import ModelHook
 from torch import nn
 
 from .denoisers import Block, find_blocks, find_denoisers
-from .hooks import attach, detach, listen
+from .hooks import Hook, attach, detach, listen
 from .packing import Assemble, pack, take_apart, unpack
 from .schedule import Boundary
 
@@ -133,11 +132,12 @@ class Watch:
         self._contexts: list[str] = []
         self._warned = False
         self._boundaries = [_BoundaryTap(find_blocks(d) if boundary == "blocks" else []) for d in self.denoisers]
+        self._hooks = [_DenoiserHook(self, number) for number in range(len(self.denoisers))]
 
-        for number, (denoiser, tap) in enumerate(zip(self.denoisers, self._boundaries, strict=True)):
-            attach(denoiser, _DenoiserHook(self, number), self._name)
-            for block, hook in tap.hooks():
-                attach(block.module, hook, self._name)
+        for denoiser, hook, tap in zip(self.denoisers, self._hooks, self._boundaries, strict=True):
+            attach(denoiser, hook, self._name)
+            for block, block_hook in tap.hooks():
+                attach(block.module, block_hook, self._name)
         self._taps = [
             listen(self.scheduler, "set_timesteps", self._began),
             listen(self.scheduler, "step", self._stepped),
@@ -168,6 +168,11 @@ class Watch:
         call = Call(self._step, branch, signature, self._boundaries[denoiser], lambda: forward(*args, **kwargs))
         with self._lock:
             return self.observer.call(call)
+
+    def mend_hooks(self, denoiser: int) -> None:
+        """Offloading takes hooks of its own off in the middle of a generation, from beneath these."""
+        for hook in (self._hooks[denoiser], *(hook for _, hook in self._boundaries[denoiser].hooks())):
+            hook.mend()
 
     def _began(self, result: Any, *_: Any, **__: Any) -> Any:
         self._step = None
@@ -288,13 +293,17 @@ class _Bar:
         return getattr(self._bar, name)
 
 
-class _DenoiserHook(ModelHook):  # type: ignore[misc]
+class _DenoiserHook(Hook):
     def __init__(self, watch: Watch, denoiser: int) -> None:
         super().__init__()
         self.watch, self.denoiser = watch, denoiser
 
+    def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        self.watch.mend_hooks(self.denoiser)
+        return args, kwargs
+
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        return self.watch.on_call(self.denoiser, self.fn_ref.original_forward, args, kwargs)
+        return self.watch.on_call(self.denoiser, self.beneath, args, kwargs)
 
 
 class _BoundaryTap:
@@ -338,7 +347,7 @@ class _BoundaryTap:
             self.skipping, self.streams = False, []
 
 
-class _BlockHook(ModelHook):  # type: ignore[misc]
+class _BlockHook(Hook):
     def __init__(self, tap: _BoundaryTap, block: Block) -> None:
         super().__init__()
         self.tap, self.block = tap, block
@@ -346,7 +355,7 @@ class _BlockHook(ModelHook):  # type: ignore[misc]
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.tap.skipping:
             return self.block.skipped(args, kwargs, self.tap.streams if self.block.head else [])
-        output = self.fn_ref.original_forward(*args, **kwargs)
+        output = self.beneath(*args, **kwargs)
         if self.tap.reading and self.block.head:
             self.tap.streams = self.block.streams(output)
         return output

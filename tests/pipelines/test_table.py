@@ -197,6 +197,17 @@ def check_predictions(subject: Subject, dtype: torch.dtype) -> None:
                 assert not torch.equal(values[step], values[terms[-1].key_step])
 
 
+def check_invariants(subject: Subject, dtype: torch.dtype = torch.float32) -> None:
+    """Invariants 1 to 5 on a pipeline that was made ready by the caller."""
+    before = subject.traces()
+    test_1_all_key_steps_give_the_same_bits(subject)
+    test_2_recording_changes_nothing(subject)
+    test_3_disable_leaves_no_trace(subject)
+    test_4_blocks_run_once_per_key_step_and_branch(subject)
+    check_predictions(subject, dtype)
+    assert subject.traces() == before
+
+
 def boundary_values(subject: Subject) -> list[list[torch.Tensor]]:
     """Of one generation, for every stream at the boundary: its value at every call."""
     heads = subject.facts.heads if subject.boundary == "blocks" else ()

@@ -1,0 +1,196 @@
+"""Pipelines whose weights are narrow, quantized or kept elsewhere, that are moved or copied."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+from diffusers.hooks import HookRegistry
+from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
+from torch import nn
+
+import dpcache
+from tests.pipelines import small_image
+from tests.pipelines.small import SMALL, STEPS, cast
+from tests.pipelines.test_table import Subject, check_invariants, same
+
+FLUX = SMALL[small_image.FluxPipeline.__name__]
+CALLS = STEPS * FLUX.branches
+FULL_CALLS = len(FLUX.keys) * FLUX.branches
+
+
+def flux(boundary: str = "blocks", dtype: torch.dtype = torch.float32) -> Subject:
+    pipe, arguments = FLUX.build()
+    if dtype != torch.float32:
+        pipe.to(dtype)
+    return Subject(FLUX, boundary, pipe, {name: cast(value, dtype) for name, value in arguments.items()})
+
+
+def cached(subject: Subject) -> list[torch.Tensor]:
+    with dpcache.enabled(subject.pipe, subject.schedule()):
+        return subject.draw()
+
+
+def close(left: list[torch.Tensor], right: list[torch.Tensor]) -> bool:
+    """Weights read from a disk lie elsewhere in memory, where a matrix product may be summed in another order."""
+    return all(torch.allclose(a, b, atol=1e-5) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.parametrize("boundary", FLUX.boundaries)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_narrow_weights(dtype: torch.dtype, boundary: str) -> None:
+    check_invariants(flux(boundary, dtype), dtype)
+
+
+@pytest.mark.parametrize("boundary", FLUX.boundaries)
+def test_layerwise_casting(boundary: str) -> None:
+    pipe, arguments = FLUX.build()
+    pipe.transformer.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    subject = Subject(FLUX, boundary, pipe, arguments)
+    assert pipe.transformer.transformer_blocks[0].attn.to_q.weight.dtype == torch.float8_e4m3fn
+    assert not same(subject.plain, flux().plain)
+    check_invariants(subject)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_layers_quantized_by_torch() -> None:
+    pipe, arguments = FLUX.build()
+    torch.ao.quantization.quantize_dynamic(pipe.transformer, {nn.Linear}, dtype=torch.qint8, inplace=True)
+    subject = Subject(FLUX, "blocks", pipe, arguments)
+    assert not same(subject.plain, flux().plain)
+    check_invariants(subject)
+
+
+def test_layers_quantized_by_torchao() -> None:
+    torchao = pytest.importorskip("torchao.quantization")
+    pipe, arguments = FLUX.build()
+    torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig())
+    subject = Subject(FLUX, "blocks", pipe, arguments)
+    assert not same(subject.plain, flux().plain)
+    check_invariants(subject)
+
+
+def offload_model(pipe: Any, directory: Path) -> None:
+    pipe.enable_model_cpu_offload(device="cpu")
+
+
+def align_devices(pipe: Any, directory: Path) -> None:
+    """The hooks of sequential offloading, on every module; without its weights on "meta", which need an accelerator."""
+    for module in pipe.transformer.modules():
+        add_hook_to_module(module, AlignDevicesHook(torch.device("cpu")))
+
+
+def offload_blocks(pipe: Any, directory: Path) -> None:
+    pipe.transformer.enable_group_offload(
+        torch.device("cpu"), num_blocks_per_group=1, offload_to_disk_path=str(directory)
+    )
+
+
+def offload_leaves(pipe: Any, directory: Path) -> None:
+    pipe.transformer.enable_group_offload(
+        torch.device("cpu"), offload_type="leaf_level", offload_to_disk_path=str(directory)
+    )
+
+
+def prefetch_blocks(pipe: Any, directory: Path) -> None:
+    """What `use_stream=True` does on an accelerator, without the stream: hooks that go after the first call."""
+    offload_blocks(pipe, directory)
+    HookRegistry.check_if_exists_or_initialize(pipe.transformer).register_hook(
+        LazyPrefetchGroupOffloadingHook(), "lazy_prefetch_group_offloading"
+    )
+
+
+OFFLOADS = [offload_model, align_devices, offload_blocks, offload_leaves, prefetch_blocks]
+
+
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_offloaded_weights(offload: Callable[[Any, Path], None], tmp_path: Path) -> None:
+    """From the CPU to the CPU, or to a disk and back: every hook is there and runs, only the copies are short."""
+    pipe, arguments = FLUX.build()
+    offload(pipe, tmp_path)
+    subject = Subject(FLUX, "blocks", pipe, arguments)
+    check_invariants(subject)
+    assert close(subject.plain, flux().plain)
+
+
+@pytest.mark.parametrize("dpcache_first", [True, False], ids=["dpcache first", "offload first"])
+@pytest.mark.parametrize("offload", OFFLOADS)
+def test_offloading_in_either_order(offload: Callable[[Any, Path], None], dpcache_first: bool, tmp_path: Path) -> None:
+    subject, only_offloaded = flux(), flux()
+    expected = cached(subject)
+    for each in (subject, only_offloaded):
+        if each is only_offloaded or not dpcache_first:
+            offload(each.pipe, tmp_path / str(id(each)))
+        if each is subject:
+            dpcache.enable(subject.pipe, subject.schedule())
+            if dpcache_first:
+                offload(subject.pipe, tmp_path / str(id(each)))
+    for generation in (1, 2, 3):
+        assert close(subject.draw(), expected)
+        assert dpcache.stats(subject.pipe).predicted_calls == (CALLS - FULL_CALLS) * generation
+    dpcache.disable(subject.pipe)
+    assert close(subject.draw(), subject.plain)
+    only_offloaded.draw()
+    assert subject.traces() == only_offloaded.traces()
+    if offload is offload_model:
+        assert subject.pipe.transformer._old_forward == only_offloaded.pipe.transformer._old_forward.__func__.__get__(
+            subject.pipe.transformer
+        )
+
+
+def test_moved_while_enabled() -> None:
+    subject = flux()
+    with dpcache.enabled(subject.pipe, subject.schedule()):
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            subject.pipe.to(dtype)
+            subject.arguments = {name: cast(value, dtype) for name, value in subject.arguments.items()}
+            assert same(subject.draw(), cached(flux(dtype=dtype)))
+            assert dpcache.stats(subject.pipe).computed_steps == FLUX.keys
+
+
+def test_a_copy_is_on_its_own() -> None:
+    """A copy is not enabled, and shares nothing with the original: neither made between calls nor in the middle."""
+    subject = flux()
+    before, expected = subject.traces(), cached(subject)
+    dpcache.enable(subject.pipe, subject.schedule())
+    copies = []
+
+    def copy_at(pipe: Any, index: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+        if index == 3:
+            copies.append(copy.deepcopy(pipe))
+        return kwargs
+
+    assert same(subject.draw(), expected)
+    copies.append(copy.deepcopy(subject.pipe))
+    subject.arguments["callback_on_step_end"] = copy_at
+    assert same(subject.draw(), expected)
+    del subject.arguments["callback_on_step_end"]
+    for number, pipe in enumerate(copies):
+        with pytest.raises(dpcache.CacheStateError, match="not enabled"):
+            dpcache.stats(pipe)
+        twin = Subject(FLUX, "blocks", pipe, subject.arguments)
+        assert same(twin.plain, subject.plain)
+        if number == 1:
+            dpcache.disable(subject.pipe)
+        assert same(cached(twin), expected)
+        for parameter in pipe.transformer.parameters():
+            parameter.data.zero_()
+        assert not same(cached(twin), expected)
+        assert same(subject.draw(), subject.plain if number == 1 else expected)
+    assert subject.traces() == before
+
+
+def test_a_saved_pipeline_knows_nothing_of_it(tmp_path: Path) -> None:
+    subject = flux()
+    subject.pipe.save_pretrained(tmp_path / "plain")
+    with dpcache.enabled(subject.pipe, subject.schedule()):
+        subject.draw()
+        subject.pipe.save_pretrained(tmp_path / "enabled")
+    assert files(tmp_path / "enabled") == files(tmp_path / "plain")
+
+
+def files(directory: Path) -> dict[Path, bytes]:
+    return {path.relative_to(directory): path.read_bytes() for path in directory.rglob("*") if path.is_file()}
