@@ -77,8 +77,10 @@ def published() -> list[Row]:
 def table(results: Sequence[Row], sizes: Sequence[Row]) -> str:
     """The measured and the computed ones."""
     lines = [
-        "At most order + 1 = 3 values a branch. Measured is the most held in one generation of one output in float32; "
-        "computed is from the shapes of a full-size model's own forward pass, in bfloat16, for one branch.\n",
+        "At most order + 1 = 3 values a branch. Measured is the most held in one generation of one output in "
+        "float32; computed is from the shapes of a full-size model's own forward pass, in bfloat16, for one "
+        "branch. It is what the cache holds, not the peak of a whole call, which may lie elsewhere: for "
+        "HunyuanVideo the paper reports a peak of 60.58 GB instead of 60.22.\n",
         "| model | | boundary `blocks` | boundary `output` |",
         "|---|---|---|---|",
     ]
