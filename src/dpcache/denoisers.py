@@ -231,6 +231,12 @@ def _refuse_other_cache(denoiser: nn.Module) -> None:
     raise UnsupportedPipelineError(f"another cache is enabled on this {type(denoiser).__name__} already: {off}.")
 
 
+def as_called(pipeline: Any, denoiser: nn.Module) -> nn.Module:
+    """The denoiser as the pipeline has it now: torch.compile may have wrapped it."""
+    found: list[Any] = [getattr(pipeline, name, None) for name in _DENOISER_ATTRIBUTES]
+    return next((module for module in found if _unwrapped(module) is denoiser), denoiser)
+
+
 def find_blocks(denoiser: nn.Module) -> list[Block]:
     """The denoiser's transformer blocks in the order they run.
 
@@ -297,8 +303,6 @@ def _configuration(denoiser: nn.Module) -> str:
     return json.dumps(config, sort_keys=True, default=str)
 
 
-def _unwrapped(module: nn.Module) -> nn.Module:
+def _unwrapped(module: Any) -> Any:
     """The module itself where torch.compile has wrapped it."""
-    inner = getattr(module, "_orig_mod", module)
-    assert isinstance(inner, nn.Module)
-    return inner
+    return getattr(module, "_orig_mod", module)

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from diffusers.hooks import HookRegistry, ModelHook
+from torch import nn
 
 Listener = Callable[..., Any]
 
@@ -29,8 +30,41 @@ class Hook(ModelHook):  # type: ignore[misc]
             self.fn_ref.original_forward, self.fn_ref.forward = self.fn_ref.forward, self.entered
 
 
+class Gate:
+    """Stands where calls of a compiled module come in, before the compiled code: hooks on it are not compiled."""
+
+    def __init__(self, owner: Any, method: str, compiled: Callable[..., Any]) -> None:
+        self.owner, self.method = owner, method
+        self.compiled = self.forward = compiled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def open(self) -> None:
+        setattr(self.owner, self.method, self)
+
+    def close(self) -> None:
+        """Gives way to the compiled code again, unless the module was compiled anew."""
+        if vars(self.owner).get(self.method) is self:
+            setattr(self.owner, self.method, self.compiled)
+
+
+def entrance(module: nn.Module) -> Any:
+    """What to attach a hook to that shall see a module's calls and stay out of its compiled code: itself, or a gate."""
+    if hasattr(module, "_orig_mod"):
+        method = "forward"
+    elif module._compiled_call_impl is not None:
+        method = "_compiled_call_impl"
+    else:
+        return module
+    compiled = vars(module)[method]
+    return compiled if isinstance(compiled, Gate) else Gate(module, method, compiled)
+
+
 def attach(module: Any, hook: Hook, name: str) -> None:
-    """Registers a hook on one module, next to whatever hooks diffusers has there."""
+    """Registers a hook on a module or gate, next to whatever hooks diffusers has there."""
+    if isinstance(module, Gate):
+        module.open()
     created = not hasattr(module, "_diffusers_hook")
     registry = HookRegistry.check_if_exists_or_initialize(module)
     if created:
@@ -63,7 +97,9 @@ def _detach(module: Any, name: str) -> None:
     if registry.hooks:
         return
     own = vars(module).get("forward")
-    if getattr(own, "__func__", None) is type(module).forward:
+    if isinstance(module, Gate):
+        module.close()
+    elif getattr(own, "__func__", None) is type(module).forward:
         del module.forward
     if getattr(registry, _CREATED, False):
         del module._diffusers_hook

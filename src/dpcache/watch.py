@@ -17,8 +17,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from .denoisers import Block, find_blocks, find_denoisers
-from .hooks import Hook, attach, detach, listen
+from .denoisers import Block, as_called, find_blocks, find_denoisers
+from .hooks import Hook, attach, detach, entrance, listen
 from .packing import Assemble, pack, take_apart, unpack
 from .schedule import Boundary
 
@@ -133,11 +133,9 @@ class Watch:
         self._warned = False
         self._boundaries = [_BoundaryTap(find_blocks(d) if boundary == "blocks" else []) for d in self.denoisers]
         self._hooks = [_DenoiserHook(self, number) for number in range(len(self.denoisers))]
+        self._placed: list[tuple[Any, Hook]] = []
 
-        for denoiser, hook, tap in zip(self.denoisers, self._hooks, self._boundaries, strict=True):
-            attach(denoiser, hook, self._name)
-            for block, block_hook in tap.hooks():
-                attach(block.module, block_hook, self._name)
+        self._place_hooks(pipeline)
         self._taps = [
             listen(self.scheduler, "set_timesteps", self._began),
             listen(self.scheduler, "step", self._stepped),
@@ -150,10 +148,7 @@ class Watch:
         _running.remove(self)
         for leave in self._taps:
             leave()
-        for denoiser, tap in zip(self.denoisers, self._boundaries, strict=True):
-            for block, _ in tap.hooks():
-                detach(block.module, self._name)
-            detach(denoiser, self._name)
+        self._remove_hooks()
 
     def on_call(self, denoiser: int, forward: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A call of one of the denoisers, inside a generation of this pipeline or not."""
@@ -169,12 +164,33 @@ class Watch:
         with self._lock:
             return self.observer.call(call)
 
+    def _place_hooks(self, pipeline: Any) -> None:
+        """Puts the hooks where the calls come in: elsewhere, once a denoiser or its blocks have been compiled."""
+        places: list[tuple[Any, Hook]] = []
+        for denoiser, hook, tap in zip(self.denoisers, self._hooks, self._boundaries, strict=True):
+            outside = entrance(as_called(pipeline, denoiser))
+            # Compiled as a whole, the denoiser's blocks are called inside one graph, past their own compiled code.
+            inside = outside is not denoiser
+            places.append((outside, hook))
+            places += [(block.module if inside else entrance(block.module), h) for block, h in tap.hooks()]
+        if places != self._placed:
+            self._remove_hooks()
+            for place, hook in places:
+                attach(place, hook, self._name)
+            self._placed = places
+
+    def _remove_hooks(self) -> None:
+        for place, _ in self._placed:
+            detach(place, self._name)
+        self._placed = []
+
     def mend_hooks(self, denoiser: int) -> None:
         """Offloading takes hooks of its own off in the middle of a generation, from beneath these."""
         for hook in (self._hooks[denoiser], *(hook for _, hook in self._boundaries[denoiser].hooks())):
             hook.mend()
 
     def _began(self, result: Any, *_: Any, **__: Any) -> Any:
+        self._place_hooks(self._pipeline())
         self._step = None
         self._grid = None
         self._calls.clear()

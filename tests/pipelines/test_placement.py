@@ -1,7 +1,7 @@
-"""Pipelines whose weights are narrow, quantized or kept elsewhere, that are moved or copied."""
+"""Pipelines whose weights are narrow, quantized or kept elsewhere, that are compiled, moved or copied."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,21 @@ from torch import nn
 
 import dpcache
 from tests.pipelines import small_image
-from tests.pipelines.small import SMALL, STEPS, cast
+from tests.pipelines.small import STEPS, Built, Small, cast
 from tests.pipelines.test_table import Subject, check_invariants, same
 
-FLUX = SMALL[small_image.FluxPipeline.__name__]
-CALLS = STEPS * FLUX.branches
-FULL_CALLS = len(FLUX.keys) * FLUX.branches
+
+def build() -> Built:
+    """A small FLUX without guidance, with one block that works on two streams and two that work on one."""
+    pipe, arguments = small_image.FluxPipeline()
+    del pipe.transformer.transformer_blocks[1:]
+    del arguments["true_cfg_scale"]
+    return pipe, arguments
+
+
+FLUX = Small("FluxPipeline", build)
+BLOCKS = 3
+FULL_CALLS = len(FLUX.keys)
 
 
 def flux(boundary: str = "blocks", dtype: torch.dtype = torch.float32) -> Subject:
@@ -130,7 +139,7 @@ def test_offloading_in_either_order(offload: Callable[[Any, Path], None], dpcach
                 offload(subject.pipe, tmp_path / str(id(each)))
     for generation in (1, 2, 3):
         assert close(subject.draw(), expected)
-        assert dpcache.stats(subject.pipe).predicted_calls == (CALLS - FULL_CALLS) * generation
+        assert dpcache.stats(subject.pipe).predicted_calls == (STEPS - FULL_CALLS) * generation
     dpcache.disable(subject.pipe)
     assert close(subject.draw(), subject.plain)
     only_offloaded.draw()
@@ -139,6 +148,101 @@ def test_offloading_in_either_order(offload: Callable[[Any, Path], None], dpcach
         assert subject.pipe.transformer._old_forward == only_offloaded.pipe.transformer._old_forward.__func__.__get__(
             subject.pipe.transformer
         )
+
+
+class Graphs:
+    """A compiler that runs graphs as they are. `runs` has, for each of them, how often it ran."""
+
+    def __init__(self) -> None:
+        self.runs: list[int] = []
+
+    def __call__(self, graph: Any, inputs: Any) -> Callable[..., Any]:
+        number = len(self.runs)
+        self.runs.append(0)
+
+        def run(*args: Any) -> Any:
+            self.runs[number] += 1
+            return graph.forward(*args)
+
+        return run
+
+
+def compile_and_wrap(pipe: Any, **how: Any) -> None:
+    pipe.transformer = torch.compile(pipe.transformer, **how)
+
+
+def compile_in_place(pipe: Any, **how: Any) -> None:
+    pipe.transformer.compile(**how)
+
+
+def compile_blocks(pipe: Any, **how: Any) -> None:
+    pipe.transformer.compile_repeated_blocks(**how)
+
+
+@pytest.fixture
+def graphs() -> Iterator[Graphs]:
+    torch.compiler.reset()
+    yield Graphs()
+    torch.compiler.reset()
+
+
+@pytest.mark.parametrize(
+    ("compile_", "boundary"),
+    [
+        (compile_and_wrap, "blocks"),
+        (compile_and_wrap, "output"),
+        (compile_in_place, "blocks"),
+        (compile_blocks, "blocks"),
+    ],
+)
+def test_compiled(compile_: Callable[..., None], boundary: str, graphs: Graphs) -> None:
+    """A transformer compiled as a whole gets two graphs more: with hooks in it, and without blocks. Else none."""
+    subject = flux(boundary)
+    expected = cached(subject)
+    compile_(subject.pipe, backend=graphs, fullgraph=True)
+    assert same(subject.draw(), subject.plain)
+    runs = BLOCKS if compile_ is compile_blocks else 1
+    assert sum(graphs.runs) == STEPS * runs
+    hooked = runs == 1 and boundary == "blocks"
+    for _ in range(1 if hooked else 2):
+        compiled = len(graphs.runs)
+        with dpcache.enabled(subject.pipe, subject.schedule()):
+            assert same(subject.draw(), expected)
+            assert len(graphs.runs) == compiled + (2 if hooked else 0)
+            earlier = list(graphs.runs)
+            assert same(subject.draw(), expected)
+        ran = [now - then for now, then in zip(graphs.runs, earlier, strict=True)]
+        if hooked:
+            assert ran[compiled:] == [FULL_CALLS, STEPS - FULL_CALLS] == [count for count in ran if count]
+        else:
+            assert sum(ran) == FULL_CALLS * runs
+    compiled = len(graphs.runs)
+    assert same(subject.draw(), subject.plain)
+    assert len(graphs.runs) == compiled
+    with dpcache.enabled(subject.pipe, subject.schedule(tuple(range(STEPS)))):
+        assert same(subject.draw(), subject.plain)
+
+
+@pytest.mark.parametrize("compile_", [compile_and_wrap, compile_in_place, compile_blocks])
+def test_compiled_while_enabled(compile_: Callable[..., None], graphs: Graphs) -> None:
+    subject = flux()
+    expected, before = cached(subject), subject.traces()
+    dpcache.enable(subject.pipe, subject.schedule())
+    subject.draw()
+    compile_(subject.pipe, backend=graphs, fullgraph=True)
+    for _ in range(2):
+        assert same(subject.draw(), expected)
+    if compile_ is compile_blocks:
+        assert sum(graphs.runs) == 2 * FULL_CALLS * BLOCKS
+    else:
+        assert graphs.runs == [2 * FULL_CALLS, 2 * (STEPS - FULL_CALLS)]
+    dpcache.disable(subject.pipe)
+    assert same(subject.draw(), subject.plain)
+    for module in subject.denoisers[0].modules():
+        for left_by_torch in ("_compiled_call_impl", "_is_torch_compile"):
+            vars(module).pop(left_by_torch, None)
+    subject.pipe.transformer = subject.denoisers[0]
+    assert subject.traces() == before
 
 
 def test_moved_while_enabled() -> None:
