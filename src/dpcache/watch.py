@@ -249,6 +249,10 @@ class Watch:
         @contextmanager
         def noted() -> Iterator[Any]:
             with context as value:
+                # In another thread, or for another pipeline of the same denoiser, it is none of this one's business.
+                if not _running.is_latest(self):
+                    yield value
+                    return
                 self._contexts.append(name)
                 try:
                     yield value
