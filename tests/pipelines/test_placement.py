@@ -11,6 +11,7 @@ from accelerate.hooks import AlignDevicesHook, add_hook_to_module
 from diffusers.hooks import HookRegistry
 from diffusers.hooks.group_offloading import LazyPrefetchGroupOffloadingHook
 from torch import nn
+from torchao.quantization import Int8WeightOnlyConfig, quantize_
 
 import dpcache
 from tests.pipelines import small_image
@@ -74,9 +75,8 @@ def test_layers_quantized_by_torch() -> None:
 
 
 def test_layers_quantized_by_torchao() -> None:
-    torchao = pytest.importorskip("torchao.quantization")
     pipe, arguments = FLUX.build()
-    torchao.quantize_(pipe.transformer, torchao.Int8WeightOnlyConfig())
+    quantize_(pipe.transformer, Int8WeightOnlyConfig())
     subject = Subject(FLUX, "blocks", pipe, arguments)
     assert not same(subject.plain, flux().plain)
     check_invariants(subject)
