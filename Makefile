@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check clean
+.PHONY: demo test check bench clean
 
 demo: .venv/installed  ## calibrate tiny-flux, plan, generate in full and cached, write report.html
 	$(BIN)/dpcache demo
@@ -23,6 +23,10 @@ check: .venv/installed  ## style and types
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
+
+bench: .venv/installed  ## the comparison with peers on every bundled model: benchmarks/results/peers.md
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
+	$(BIN)/python -m benchmarks.peers
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

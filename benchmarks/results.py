@@ -10,7 +10,7 @@ Writes benchmarks/results/<model>.json and docs/results.md.
 import argparse
 import json
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -63,20 +63,27 @@ class Subject:
     ) -> tuple[Pictures, int]:
         pictures: list[Pictures] = []
         calls = 0
+        for arguments in self.batches(inputs, steps, batch):
+            if schedule is None:
+                output = self.pipe(**arguments)
+            else:
+                with dpcache.enabled(self.pipe, schedule):
+                    output = self.pipe(**arguments)
+                    calls = dpcache.stats(self.pipe).full_calls
+            pictures.extend(np.asarray(output[0], dtype=np.float32))
+            self.bar.update(len(arguments["generator"]))
+        return np.stack(pictures), calls
+
+    def batches(
+        self, inputs: Sequence[Inputs], steps: int, batch: int, first_seed: int = FIRST_SEED
+    ) -> Iterator[dict[str, Any]]:
+        """Arguments of the pipeline's calls; every input has its own seed, whatever the batch."""
         for start in range(0, len(inputs), batch):
             some = call_arguments(inputs[start : start + batch], {})
             varying = {name: [value for item in some for value in _listed(item[name])] for name in some[0]}
-            generators = [torch.Generator().manual_seed(FIRST_SEED + start + row) for row in range(len(some))]
-            arguments = {"num_inference_steps": steps, "output_type": "np", **self.model.call_defaults, **varying}
-            if schedule is None:
-                output = self.pipe(generator=generators, **arguments)
-            else:
-                with dpcache.enabled(self.pipe, schedule):
-                    output = self.pipe(generator=generators, **arguments)
-                    calls = dpcache.stats(self.pipe).full_calls
-            pictures.extend(np.asarray(output[0], dtype=np.float32))
-            self.bar.update(len(some))
-        return np.stack(pictures), calls
+            generators = [torch.Generator().manual_seed(first_seed + start + row) for row in range(len(some))]
+            arguments = {"num_inference_steps": steps, "output_type": "np", "generator": generators}
+            yield {**arguments, **self.model.call_defaults, **varying}
 
     def calibrate(self, inputs: Sequence[Inputs], **more: Any) -> dpcache.Calibration:
         arguments = {**self.model.call_defaults, **more}
