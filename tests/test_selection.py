@@ -82,4 +82,7 @@ def test_what_cannot_be_selected(flux, calibration):
         dpcache.select(flux, calibration, 5, recipes=[], progress=False)
     with pytest.raises(dpcache.CalibrationError, match="wrap it"):
         dpcache.select(flux, calibration, 5, inputs=PROMPT, progress=False)
+    for wrong, message in (({"prompt": PROMPT}, "wrap it"), (PROMPT, "wrap it"), ([], "no inputs")):
+        with pytest.raises(dpcache.CalibrationError, match=message):
+            dpcache.optimize(flux, wrong, progress=False)
     assert len(set(RECIPES)) == len(RECIPES)

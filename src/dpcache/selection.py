@@ -106,6 +106,7 @@ def optimize(
         CalibrationError, UnsupportedPipelineError, CacheStateError: as `calibrate`.
         InfeasibleBudgetError: no schedule has that many key steps.
     """
+    call_arguments(inputs, {})  # says what is wrong with them, if anything is
     fitted = math.ceil(FITTED_SHARE * len(inputs))
     calibration = calibrate(
         pipeline,
