@@ -25,7 +25,6 @@ check: .venv/installed  ## style and types
 	touch $@
 
 bench: .venv/installed  ## the comparison with peers on every bundled model: benchmarks/results/peers.md
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[bench]"
 	$(BIN)/python -m benchmarks.peers
 
 clean:
