@@ -120,7 +120,6 @@ def fidelity(subject: Subject, calibration: dpcache.Calibration, selected: Sched
         ways = {
             "selected": selected[budget],
             "planned": calibration.plan(budget),
-            'planned, method="measured"': calibration.plan(budget, method="measured"),
             'planned, method="paper"': calibration.plan(budget, method="paper"),
             "uniform Taylor": dpcache.Schedule.uniform(budget, STEPS),
         }

@@ -27,7 +27,7 @@ def test_cost_is_the_mean_over_inputs_and_branches(flux):
         costs += [dpcache.paper_cost(values) for values in branches]
     np.testing.assert_allclose(calibration.cost("paper"), np.mean(costs, axis=0), rtol=1e-12)
     sigmas = flux.scheduler.sigmas.double()
-    np.testing.assert_allclose(calibration.influence, sigmas[:-1] - sigmas[1:], rtol=1e-3)
+    np.testing.assert_allclose(calibration.weights(), sigmas[1:] - sigmas[:-1], rtol=1e-3)
     facts = calibration.facts
     assert (facts.num_inputs, facts.num_branches, facts.num_inference_steps) == (2, 2, STEPS)
     assert facts.timesteps == tuple(flux.scheduler.timesteps.tolist())
@@ -119,7 +119,7 @@ def test_plan_for_a_speedup(flux):
         assert calibration.plan(speedup=STEPS / budget).num_key_steps == budget
     assert calibration.plan(speedup=2.5) == calibration.plan(4)  # with 5 the speedup is 2.4
     for arguments in ({}, {"num_key_steps": 4, "speedup": 3.0}):
-        with pytest.raises(ValueError, match="either num_key_steps or speedup"):
+        with pytest.raises(ValueError, match="one of num_key_steps, speedup and max_error"):
             calibration.plan(**arguments)
     with pytest.raises(ValueError, match="from 1 to the number of steps"):
         calibration.plan(speedup=0.5)

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpcache
-from dpcache.costs import sampler_cost, step_influence
-from dpcache.predictors import Fitted, Taylor, taylor_coefficients
+from dpcache.costs import sampler_cost, schedule_cost, step_influence
+from dpcache.predictors import Fitted, Taylor, chosen_ridge, taylor_coefficients
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -52,34 +52,52 @@ def test_cost_is_the_same_from_a_torch_tensor_in_half_precision():
     np.testing.assert_allclose(from_half[finite], from_full[finite], rtol=1e-5)
 
 
+@pytest.mark.parametrize("power", [1.0, 2.0, 3.0])
 @pytest.mark.parametrize("order", [0, 1, 2, 3])
-def test_sampler_cost_follows_its_definition_entry_by_entry(order):
+def test_sampler_cost_follows_its_definition_entry_by_entry(order, power):
+    """The error of a hop is the weighted sum of its predictions' errors, formed here from the values themselves."""
     rng = np.random.default_rng(order)
     steps, runs = 12, 3
     received = rng.normal(size=(runs, steps, 40)).cumsum(axis=1)
-    influence = rng.random(steps)
+    weights = rng.normal(size=steps)
     gram = np.einsum("rtd,rsd->rts", received, received) / 40
-    cost = sampler_cost(gram, influence, Taylor(order))
+    cost = sampler_cost(gram, weights, Taylor(order), power=power)
     for i, j in [(0, 0), (0, 1), (0, 4), (1, 2), (3, 6), (9, 11)]:
         history = [*range(max(i - order + 1, 0), i + 1), j] if i < j and order else [j]
-        total = 0.0
+        error = np.zeros((runs, 40))
         for k in range(j + 1, steps + 1):
-            assert cost[i, j, k] == pytest.approx(total, rel=1e-6, abs=1e-9)
+            rms = np.sqrt((error**2).mean(axis=1))
+            assert cost[i, j, k] == pytest.approx((rms**power).mean(), rel=1e-6, abs=1e-9)
             if k < steps:  # step k is skipped by every longer hop
                 prediction = np.einsum("a,rad->rd", taylor_coefficients(history, k, order), received[:, history])
-                rms = np.sqrt(((prediction - received[:, k]) ** 2).mean(axis=1))
-                total += influence[k] * rms.mean()
+                error += weights[k] * (prediction - received[:, k])
     assert np.isinf(cost[5, 5, :]).all() and np.isinf(cost[2, 6, :7]).all() and np.isinf(cost[7, 3, :]).all()
 
 
-def test_powers_make_large_errors_weigh_heavier():
+@pytest.mark.parametrize("power", [1.0, 2.0])
+def test_a_schedules_cost_is_that_of_its_path_where_the_tensor_knows_its_history(power):
+    """Of order 1 the tensor knows every key step that is used."""
     rng = np.random.default_rng(0)
-    received = rng.normal(size=(2, 8, 40)).cumsum(axis=1)
-    gram, influence = np.einsum("rtd,rsd->rts", received, received) / 40, rng.random(8)
-    plain, squared = (sampler_cost(gram[:1], influence, Taylor(1), power=power) for power in (1.0, 2.0))
-    one_step = plain[1, 3, 5]
-    assert squared[1, 3, 5] == pytest.approx(one_step**2)
-    assert squared[1, 3, 6] == pytest.approx(one_step**2 + (plain[1, 3, 6] - one_step) ** 2)
+    received = rng.normal(size=(2, 12, 40)).cumsum(axis=1)
+    gram, weights = np.einsum("rtd,rsd->rts", received, received) / 40, rng.normal(size=12)
+    cost = sampler_cost(gram, weights, Taylor(1), power=power)
+    plan = dpcache.plan(cost, 5, first_key_steps=1)
+    schedule = dpcache.Schedule.from_key_steps(plan.key_steps, 12, order=1)
+    assert schedule_cost(gram, weights, schedule, power=power) == pytest.approx(plan.cost)
+
+
+def test_the_ridge_that_errs_least_on_other_runs_is_chosen():
+    """Noise at every step had better not be followed; smooth curves that all runs share can be, closely."""
+    rng = np.random.default_rng(0)
+    steps = np.linspace(0, 1, 30)
+
+    def ridge(noise: float) -> float:
+        curves = rng.normal(size=(6, 3, 40)).transpose(0, 2, 1) @ np.stack([steps**0, steps, steps**2])
+        runs = curves.transpose(0, 2, 1) + noise * rng.normal(size=(6, 30, 40))
+        return chosen_ridge(np.einsum("rtd,rsd->rts", runs, runs) / 40, 2)
+
+    assert ridge(0.3) > ridge(1e-4)
+    assert chosen_ridge(np.eye(30)[None], 2, default=0.5) == 0.5
 
 
 @pytest.mark.parametrize("order", [0, 1, 2])
@@ -103,8 +121,8 @@ def test_fitted_predictions_are_the_least_squares_ones(order):
 @pytest.mark.parametrize(
     ("scheduler", "expected"),
     [
-        (FlowMatchEulerDiscreteScheduler(shift=3.0), lambda s, n: s.sigmas[n] - s.sigmas[n + 1]),
-        (EulerDiscreteScheduler(), lambda s, n: s.sigmas[n] - s.sigmas[n + 1]),
+        (FlowMatchEulerDiscreteScheduler(shift=3.0), lambda s, n: s.sigmas[n + 1] - s.sigmas[n]),
+        (EulerDiscreteScheduler(), lambda s, n: s.sigmas[n + 1] - s.sigmas[n]),
         (DDIMScheduler(clip_sample=False), lambda s, n: ddim_factor(s, n)),
     ],
     ids=["flow-euler", "euler", "ddim"],
@@ -115,7 +133,7 @@ def test_influence_is_exact_where_a_step_is_linear(scheduler, expected):
     for n, t in enumerate(scheduler.timesteps):
         output = torch.randn(sample.shape, generator=torch.Generator().manual_seed(n + 1))
         after = scheduler.step(output, t, sample, return_dict=False)[0]
-        assert step_influence(output, sample, after) == pytest.approx(abs(float(expected(scheduler, n))), rel=1e-3)
+        assert step_influence(output, sample, after) == pytest.approx(float(expected(scheduler, n)), rel=1e-3)
         sample = after
 
 

@@ -43,8 +43,10 @@ def calibration() -> dpcache.Calibration:
         paper_cost=dpcache.paper_cost(features),
         gram=gram[None],
         value_gram=gram[None],
-        influence=np.linspace(0.1, 0.2, 20),
-        sensitivity=np.linspace(0.4, 0.2, 20),
+        influence=np.linspace(0.1, 0.2, 20)[None],
+        probes=np.linspace(4, 1, 20)[None],
+        tried=np.eye(20)[:1] + np.eye(20)[7] + np.eye(20)[12],
+        tried_error=np.array([0.1]),
     )
 
 
@@ -63,8 +65,8 @@ def test_schedule_round_trip(data):
 def test_calibration_round_trip_and_plan(calibration, tmp_path):
     calibration.save(tmp_path / "c.safetensors")
     loaded = dpcache.Calibration.load(tmp_path / "c.safetensors")
-    for method in ("sampler", "measured", "paper"):
-        np.testing.assert_array_equal(loaded.cost(method), calibration.cost(method))
+    for settings in ({}, {"measured": 1.0}, {"method": "paper"}, {"predictor": "fitted"}):
+        np.testing.assert_array_equal(loaded.cost(**settings), calibration.cost(**settings))
     assert loaded.facts == calibration.facts
     schedule = loaded.plan(num_key_steps=7, max_gap=5)
     best = dpcache.plan(calibration.cost(), 7, first_key_steps=1, max_gap=5)
@@ -77,17 +79,19 @@ def test_calibration_round_trip_and_plan(calibration, tmp_path):
 
 
 def test_method_is_checked(calibration):
-    with pytest.raises(dpcache.CalibrationError, match='"sampler", "measured" or "paper"'):
+    with pytest.raises(dpcache.CalibrationError, match='"sampler" or "paper"'):
         calibration.plan(7, method="magic")
     with pytest.raises(dpcache.CalibrationError, match="Taylor predictions of order 2 alone"):
         calibration.plan(7, method="paper", order=1)
-    unprobed = dataclasses.replace(calibration, sensitivity=np.empty(0))
-    with pytest.raises(dpcache.CalibrationError, match='calibrate with sensitivity="measured"'):
-        unprobed.plan(7, method="measured")
-    unseen = dataclasses.replace(calibration, gram=np.empty((0, 20, 20)))
+    unprobed = dataclasses.replace(calibration, probes=np.empty((0, 20)), tried=np.empty((0, 20)))
+    np.testing.assert_array_equal(unprobed.cost(), calibration.cost(measured=0))
+    for asked in ({"num_key_steps": 7, "measured": 0.5}, {"max_error": 0.1}):
+        with pytest.raises(dpcache.CalibrationError, match='calibrate with sensitivity="measured"'):
+            unprobed.plan(**asked)
+    unseen = dataclasses.replace(unprobed, gram=np.empty((0, 20, 20)))
     with pytest.raises(dpcache.CalibrationError, match='plan with method="paper"'):
         unseen.plan(7)
-    assert unseen.plan(7, method="paper") == calibration.plan(7, method="paper")
+    assert unseen.plan(7, method="paper") == unprobed.plan(7, method="paper")
 
 
 @pytest.fixture
@@ -167,8 +171,8 @@ def test_edited_calibrations(written):
         dpcache.Calibration.load(path)
     (size,) = struct.unpack("<Q", whole[:8])
     header = whole[8 : 8 + size]
-    path.write_bytes(whole[:8] + header.replace(b'"version":"2"', b'"version":"9"') + whole[8 + size :])
-    with pytest.raises(dpcache.FileFormatError, match="version 9; this release reads version 2"):
+    path.write_bytes(whole[:8] + header.replace(b'"version":"3"', b'"version":"9"') + whole[8 + size :])
+    with pytest.raises(dpcache.FileFormatError, match="version 9; this release reads version 3"):
         dpcache.Calibration.load(path)
     save_file({"weight": np.zeros(3)}, path)
     with pytest.raises(dpcache.FileFormatError, match="not a dpcache calibration"):

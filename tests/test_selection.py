@@ -13,6 +13,25 @@ CALL = {"num_inference_steps": STEPS, "max_sequence_length": 24}
 FEW = (Recipe("taylor", 1), Recipe("taylor", 2), Recipe("fitted", 1), Recipe("taylor", 2, first_key_steps=4))
 
 
+class Interrupting:
+    """Calls of a pipeline, counted; one of them is interrupted in the middle, as by Ctrl-C."""
+
+    def __init__(self, pipe):
+        self.pipe, self.runs, self.stop = pipe, 0, None
+
+    def __enter__(self):
+        self.handle = self.pipe.transformer.register_forward_pre_hook(self.denoise)
+        return self
+
+    def __exit__(self, *error):
+        self.handle.remove()
+
+    def denoise(self, *call):
+        self.runs += 1
+        if self.runs == self.stop:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
 def calibration(loaded_flux):
     return dpcache.calibrate(loaded_flux, PROMPTS[:2], progress=False, **CALL)
@@ -26,8 +45,9 @@ def error(pipe, schedule, prompt, seed):
 
 def test_the_best_when_run_is_chosen(flux, calibration):
     """Of plans of very different worth, on inputs that it never saw, the one chosen is at least second best."""
-    chosen = dpcache.select(flux, calibration, 5, inputs=PROMPTS, recipes=FEW, progress=False, **CALL)
-    assert chosen == dpcache.select(flux, calibration, 5, inputs=PROMPTS, recipes=FEW, progress=False, **CALL)
+    settings = {"inputs": PROMPTS, "recipes": FEW, "tune": 0, "progress": False, **CALL}
+    chosen = dpcache.select(flux, calibration, 5, **settings)
+    assert chosen == dpcache.select(flux, calibration, 5, **settings)
     plans = [calibration.plan(5, **vars(recipe)) for recipe in FEW]
     keys = [(plan.key_steps, plan.predictions) for plan in plans]
     assert (chosen.key_steps, chosen.predictions) in keys
@@ -40,11 +60,42 @@ def test_the_best_when_run_is_chosen(flux, calibration):
 
 
 def test_polish_never_returns_a_worse_plan(flux, calibration):
-    settings = {"inputs": PROMPTS[:1], "recipes": FEW[3:], "num_trials": 1, "progress": False, **CALL}
+    settings = {"inputs": PROMPTS[:1], "recipes": FEW[3:], "num_trials": 1, "tune": 0, "progress": False, **CALL}
     plain = dpcache.select(flux, calibration, 5, **settings)
     errors = [dpcache.select(flux, calibration, 5, polish=runs, **settings).error for runs in (1, 4, 12)]
     assert plain.error >= errors[0] >= errors[1] >= errors[2]
     assert errors[2] < plain.error
+
+
+def test_tuning_never_returns_a_worse_schedule(flux, calibration):
+    settings = {"inputs": PROMPTS[2:], "recipes": FEW[3:], "num_trials": 2, "progress": False, **CALL}
+    plain, once, twice = (dpcache.select(flux, calibration, 5, tune=rounds, **settings) for rounds in (0, 1, 2))
+    assert plain.error > once.error >= twice.error
+    assert once.key_steps == plain.key_steps
+    assert "tuned in 2 more" in once.source
+
+
+def test_an_interrupted_search_goes_on_and_ends_in_the_same(flux, tmp_path):
+    """Ctrl-C at any place: what was measured is not run again, and the schedule is that of an undisturbed search."""
+    settings = {"num_key_steps": 4, "num_trials": 2, "progress": False, **CALL}
+    kept = {**settings, "checkpoint": tmp_path / "c"}
+    with Interrupting(flux) as counter:
+        undisturbed = dpcache.optimize(flux, PROMPTS, **settings)
+        total, done = counter.runs, 0
+        for stop in (20, 90, 300, 500):
+            counter.runs, counter.stop = 0, stop
+            with pytest.raises(KeyboardInterrupt):
+                dpcache.optimize(flux, PROMPTS, **kept)
+            done += stop
+        counter.runs, counter.stop = 0, None
+        assert dpcache.optimize(flux, PROMPTS, **kept) == undisturbed
+        # What is repeated: the calls that were cut short, and the full runs that trials compare with.
+        assert 0 < counter.runs < total - done / 2
+        counter.runs = 0
+        assert dpcache.optimize(flux, PROMPTS, **kept) == undisturbed
+        assert counter.runs == 0
+    with pytest.raises(dpcache.CalibrationError, match="another input 0"):
+        dpcache.optimize(flux, PROMPTS[::-1], **kept)
 
 
 def test_optimize_does_it_all(flux, tmp_path):

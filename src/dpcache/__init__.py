@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .cache import Stats, disable, enable, enabled, stats
-    from .calibration import Calibration, calibrate
+    from .calibration import Calibration
     from .comparison import Comparison, Sample, compare, compare_all
     from .costs import paper_cost
     from .denoisers import register_denoiser
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
         UnknownModelError,
         UnsupportedPipelineError,
     )
+    from .measuring import calibrate
     from .planner import Plan, plan, plan_all
     from .schedule import Schedule
     from .selection import Recipe, optimize, select
@@ -49,7 +50,7 @@ _HOME = {
     "Stats": "cache",
     "UnknownModelError": "errors",
     "UnsupportedPipelineError": "errors",
-    "calibrate": "calibration",
+    "calibrate": "measuring",
     "compare": "comparison",
     "compare_all": "comparison",
     "disable": "cache",

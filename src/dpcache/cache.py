@@ -54,7 +54,7 @@ def enable(pipeline: Any, schedule: Schedule) -> None:
         UnsupportedPipelineError: the pipeline cannot be followed, or not at the schedule's boundary.
     """
     require_disabled(pipeline)
-    cache = _Cache(schedule)
+    cache = Cache(schedule)
     identity = identify(find_denoisers(pipeline))
     if schedule.model is not None and not schedule.model.admits(identity):
         raise ScheduleMismatchError(
@@ -135,7 +135,7 @@ class _Ring:
         return total.to(value.dtype)
 
 
-class _Cache:
+class Cache:
     """Follows a schedule on one pipeline: the observer behind `enable`."""
 
     def __init__(self, schedule: Schedule) -> None:
@@ -232,4 +232,4 @@ class _Cache:
         return Stats(**vars(self._stats))
 
 
-_enabled: "weakref.WeakKeyDictionary[Any, _Cache]" = weakref.WeakKeyDictionary()
+_enabled: "weakref.WeakKeyDictionary[Any, Cache]" = weakref.WeakKeyDictionary()

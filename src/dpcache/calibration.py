@@ -1,12 +1,11 @@
-"""Calibration: full runs on a few inputs become a cost tensor, a file, and schedules."""
+"""Calibration: what was measured of a model on one sampling grid; its file, its cost tensors, and plans from them."""
 
 import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -15,26 +14,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save_file
-from tqdm.auto import tqdm
 
-from .costs import CostTensor, paper_cost, sampler_cost
-from .denoisers import find_denoisers, identify
+from .costs import CostTensor, sampler_cost, schedule_cost
 from .errors import CalibrationError, FileFormatError
 from .files import MAKERS, check_version, read_bytes, write_whole
-from .inputs import Input, call_arguments, seeded
 from .planner import Objective, Plan, plan, plan_all
-from .predictors import Fitted, Predictor, Taylor
-from .recording import RecordedRun, record
+from .predictors import Fitted, Predictor, Taylor, chosen_ridge
 from .schedule import Boundary, ModelIdentity, Schedule
-from .sensitivity import interpolated, measure, probing_calls
-
-#: So many inputs are probed where the sensitivity is measured.
-PROBED_INPUTS = 2
+from .sensitivity import interpolated
 
 FORMAT = "dpcache.calibration"
-VERSION = "2"
+VERSION = "3"
 
-_TENSORS = ("paper_cost", "gram", "value_gram", "influence", "sensitivity")
+_TENSORS = ("paper_cost", "gram", "value_gram", "influence", "probes", "tried", "tried_error")
+
+Array = npt.NDArray[np.float64]
+#: How a cost tensor judges an error: by what the sampler and the model make of it, or as the paper does.
+Method = Literal["sampler", "paper"]
+PredictorName = Literal["taylor", "fitted"]
+#: Share of the measured sensitivity in the weights where it was measured and nothing else is asked for.
+MEASURED = 0.5
 
 
 class Facts(BaseModel):
@@ -44,7 +43,7 @@ class Facts(BaseModel):
 
     num_inference_steps: int = Field(ge=1, description="T: steps of the sampling loop.")
     boundary: Boundary = Field(description="Where values were read.")
-    order: int = Field(ge=0, description="Order of the Taylor prediction whose errors the cost holds.")
+    order: int = Field(ge=0, description="Order of the Taylor prediction whose errors the paper's cost holds.")
     model: ModelIdentity = Field(description="The model measured.")
     pipeline: str = Field(description="Class name of the pipeline.")
     scheduler: str = Field(description="Class name of the scheduler.")
@@ -54,13 +53,6 @@ class Facts(BaseModel):
     calls: tuple[dict[str, Any], ...] | None = Field(
         description="Arguments of every call, the generator aside; None if there are some that JSON cannot hold."
     )
-
-
-#: How a cost tensor judges an error: by what the sampler does with it, by what comes of it, or as the paper does.
-Method = Literal["sampler", "measured", "paper"]
-#: How to find what comes of an error: from the sampler alone, or by repeating runs with one.
-Sensitivity = Literal["sampler", "measured"]
-PredictorName = Literal["taylor", "fitted"]
 
 
 @dataclass(frozen=True)
@@ -74,22 +66,62 @@ class Calibration:
         gram: float64 [inputs, T, T], mean products of what the scheduler received at every two steps; no inputs where
             that could not be seen.
         value_gram: float64 [inputs, T, T], likewise of the values at the boundary, mean over branches.
-        influence: float64 [T], how far the scheduler moves the sample per unit of it (see `costs.step_influence`).
-        sensitivity: float64 [T], how far the final sample moves per unit of it, as measured (see
-            `dpcache.sensitivity`); [0] where it was not.
+        influence: float64 [inputs, T], how far the scheduler moves the sample per unit of what it receives (see
+            `costs.step_influence`); no inputs where that could not be seen.
+        probes: float64 [probed inputs, T], how much farther the final sample was measured to move (see
+            `sensitivity.ratios`), NaN at steps that were not probed; no inputs where it was not measured.
+        tried: float64 [trials, T], 1 at the key steps of Taylor schedules that were run for real, else 0.
+        tried_error: float64 [trials], what they erred by: RMS difference of the final sample from the full run's, as a
+            share of that; over inputs as in `trials.average_error`.
     """
 
     facts: Facts
     paper_cost: CostTensor
-    gram: npt.NDArray[np.float64]
-    value_gram: npt.NDArray[np.float64]
-    influence: npt.NDArray[np.float64]
-    sensitivity: npt.NDArray[np.float64]
+    gram: Array
+    value_gram: Array
+    influence: Array
+    probes: Array
+    tried: Array
+    tried_error: Array
+
+    @property
+    def is_measured(self) -> bool:
+        """Whether it knows what the model makes of an error, `calibrate(..., sensitivity="measured")`."""
+        return len(self.probes) > 0
 
     def predictor(self, name: PredictorName = "taylor", order: int | None = None) -> Predictor:
         """The predictor of this name and order: `"taylor"`, or `"fitted"` to the values of this calibration."""
         order = self.facts.order if order is None else order
-        return Taylor(order) if name == "taylor" else Fitted(self.value_gram.mean(axis=0), order)
+        if name == "taylor":
+            return Taylor(order)
+        if order not in self._ridges:
+            self._ridges[order] = chosen_ridge(self.value_gram, order)
+        return Fitted(self.value_gram.mean(axis=0), order, self._ridges[order])
+
+    def weights(self, measured: float | None = None) -> Array:
+        """float64 [T]: how far the sample moves per unit of error in what the scheduler receives at a step.
+
+        Args:
+            measured: what of the measured sensitivity to believe. At 0 an error counts as far as the scheduler moves on
+                it in that step; at 1 as far as the final sample was measured to move; between, the weighted geometric
+                mean. 0.5 where the sensitivity was measured, else 0, unless given.
+
+        Raises:
+            CalibrationError: the scheduler's steps could not be seen, or the sensitivity was not measured.
+        """
+        if not len(self.gram):
+            raise CalibrationError(
+                f"what {self.facts.scheduler} was given at every step could not be seen while calibrating "
+                f'{self.facts.pipeline}: plan with method="paper".'
+            )
+        measured = (MEASURED if self.is_measured else 0.0) if measured is None else measured
+        if measured and not self.is_measured:
+            raise CalibrationError(
+                f"measured={measured} needs the sensitivity, which this calibration did not measure: calibrate with "
+                'sensitivity="measured", or plan with measured=0.'
+            )
+        influence: Array = self.influence.mean(axis=0)
+        return influence * interpolated(self.probes) ** measured if measured else influence
 
     def cost(
         self,
@@ -97,52 +129,44 @@ class Calibration:
         *,
         predictor: PredictorName = "taylor",
         order: int | None = None,
-        power: float = 1.0,
+        measured: float | None = None,
+        power: float = 2.0,
     ) -> CostTensor:
         """The cost tensor, float64 [T, T+1, T+1] indexed [i, j, k].
 
         Args:
-            method: `"sampler"`, RMS errors of what the scheduler receives, weighted by how far it moves on them (see
-                `costs.sampler_cost`); `"measured"`, weighted by how far the final sample was measured to move; or
-                `"paper"`, mean absolute errors of the values at the boundary.
+            method: `"sampler"`, errors of what the scheduler receives, added up over a hop as it adds them up (see
+                `costs.sampler_cost`); or `"paper"`, mean absolute errors of the values at the boundary.
             predictor: whose errors: `"taylor"`, or `"fitted"` by least squares to what was recorded.
             order: one less than the number of key steps it uses; that of the calibration unless given.
+            measured: as in `weights`.
             power: as in `costs.sampler_cost`.
 
         Raises:
-            CalibrationError: the method is unknown, the scheduler's steps could not be seen while calibrating, its
-                sensitivity was not measured, or the paper's method is wanted with another predictor than was calibrated
-                for.
+            CalibrationError: as `weights`; or the method is unknown, or the paper's method is wanted with something
+                else than was calibrated for.
         """
         order = self.facts.order if order is None else order
         if method == "paper":
-            if (predictor, order, power) != ("taylor", self.facts.order, 1.0):
+            if (predictor, order, measured or 0.0, power) != ("taylor", self.facts.order, 0.0, 2.0):
                 raise CalibrationError(
                     f'method="paper" knows the errors of Taylor predictions of order {self.facts.order} alone, as '
                     f'calibrated: calibrate with order={order}, or use method="sampler".'
                 )
             return self.paper_cost
-        if method not in ("sampler", "measured"):
-            raise CalibrationError(f'method must be "sampler", "measured" or "paper", got {method!r}.')
-        if not len(self.gram):
-            raise CalibrationError(
-                f"what {self.facts.scheduler} was given at every step could not be seen while calibrating "
-                f'{self.facts.pipeline}: plan with method="paper".'
-            )
-        weights = self.influence if method == "sampler" else self.sensitivity
-        if not len(weights):
-            raise CalibrationError(
-                'method="measured" needs the sensitivity, which this calibration did not measure: calibrate with '
-                'sensitivity="measured", or plan with method="sampler".'
-            )
-        known = self._sampler_costs
-        if (method, predictor, order, power) not in known:
-            chosen = self.predictor(predictor, order)
-            known[method, predictor, order, power] = sampler_cost(self.gram, weights, chosen, power=power)
-        return known[method, predictor, order, power]
+        if method != "sampler":
+            raise CalibrationError(f'method must be "sampler" or "paper", got {method!r}.')
+        known, key = self._sampler_costs, (predictor, order, measured, power)
+        if key not in known:
+            known[key] = sampler_cost(self.gram, self.weights(measured), self.predictor(predictor, order), power=power)
+        return known[key]
 
     @cached_property
-    def _sampler_costs(self) -> dict[tuple[str, str, int, float], CostTensor]:
+    def _sampler_costs(self) -> dict[tuple[str, int, float | None, float], CostTensor]:
+        return {}
+
+    @cached_property
+    def _ridges(self) -> dict[int, float]:
         return {}
 
     def plan(
@@ -150,33 +174,93 @@ class Calibration:
         num_key_steps: int | None = None,
         *,
         speedup: float | None = None,
+        max_error: float | None = None,
         method: Method = "sampler",
         predictor: PredictorName = "taylor",
         order: int | None = None,
-        power: float = 1.0,
+        measured: float | None = None,
+        power: float = 2.0,
         first_key_steps: int | None = None,
         last_key_steps: int = 0,
         max_gap: int | None = None,
         objective: Objective = "sum",
     ) -> Schedule:
-        """The best schedule with this many key steps, or for this speedup.
+        """The best schedule with this many key steps, for this speedup, or within this error.
 
-        `speedup` is T / K, what skipped steps that cost nothing would give: as many key steps as it allows. `method`,
-        `predictor`, `order` and `power` are as in `cost`; the other arguments and the errors as in `dpcache.plan`, but
-        that of the first steps 3 are forced with the paper's method, as there, and 1 with the others, whose cost says
-        what they are worth.
+        Args:
+            num_key_steps: K.
+            speedup: T / K instead, what skipped steps that cost nothing would give: as many key steps as it allows.
+            max_error: the fewest key steps instead with which `expected_error` is no larger.
+            method: as in `cost`.
+            predictor: as in `cost`.
+            order: as in `cost`.
+            measured: as in `cost`.
+            power: as in `cost`.
+            first_key_steps: as in `dpcache.plan`; unless given 3 with the paper's method, as there, and 1 otherwise,
+                where the cost itself says what the first steps are worth.
+            last_key_steps: as in `dpcache.plan`.
+            max_gap: as in `dpcache.plan`.
+            objective: as in `dpcache.plan`.
+
+        Raises:
+            CalibrationError: as `cost`; or `max_error` is wanted of a calibration that has measured no errors.
+            InfeasibleBudgetError: no plan with K key steps satisfies the constraints, or none keeps within the error.
+            ValueError: not exactly one of number, speedup and error; or one out of range.
         """
-        found = plan(
-            self.cost(method, predictor=predictor, order=order, power=power),
-            _key_steps(self.facts.num_inference_steps, num_key_steps, speedup),
-            first_key_steps=_forced(method, first_key_steps),
-            last_key_steps=last_key_steps,
-            max_gap=max_gap,
-            objective=objective,
-        )
-        source = f"planned by {method} cost from {self.facts.num_inputs} calibration inputs"
+        judged: dict[str, Any] = {"predictor": predictor, "order": order, "measured": measured, "power": power}
+        limits: dict[str, Any] = {
+            "first_key_steps": _forced(method, first_key_steps),
+            "last_key_steps": last_key_steps,
+            "max_gap": max_gap,
+            "objective": objective,
+        }
+        cost = self.cost(method, **judged)
+        if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
+            raise ValueError("give one of num_key_steps, speedup and max_error.")
+        if max_error is not None:
+            budget = self._budget_within(max_error, plan_all(cost, **limits), predictor, order)
+        else:
+            budget = _budget(self.facts.num_inference_steps, num_key_steps, speedup)
+        found = plan(cost, budget, **limits)
         schedule = self.schedule(found.key_steps, predictor, order)
-        return schedule.model_copy(update={"cost": found.cost, "source": source})
+        source = f"planned by {method} cost from {self.facts.num_inputs} calibration inputs"
+        expected = self.expected_error(schedule) if len(self.tried) else None
+        return schedule.model_copy(update={"cost": found.cost, "expected_error": expected, "source": source})
+
+    def _budget_within(
+        self, max_error: float, plans: Mapping[int, Plan], predictor: PredictorName, order: int | None
+    ) -> int:
+        if not max_error > 0:
+            raise ValueError(f"max_error must be above 0, got {max_error}: it is a share of the full run's output.")
+        for budget, found in plans.items():
+            if self.expected_error(self.schedule(found.key_steps, predictor, order)) <= max_error:
+                return budget
+        return self.facts.num_inference_steps
+
+    def expected_error(self, schedule: Schedule) -> float:
+        """The error to be expected of a schedule that was not tuned: RMS difference of the final sample, relative.
+
+        The root of its cost (see `costs.schedule_cost`), times what the schedules that were tried erred by more.
+
+        Raises:
+            CalibrationError: none were tried: that takes `calibrate(..., sensitivity="measured")`.
+        """
+        if not len(self.tried):
+            raise CalibrationError(
+                "this calibration has run no schedules, so it does not know what errors to expect: calibrate with "
+                'sensitivity="measured".'
+            )
+        return math.exp(self._logarithm_of_cost(schedule) + self._error_factor)
+
+    @cached_property
+    def _error_factor(self) -> float:
+        """Logarithm of measured over computed error, mean over the schedules that were tried."""
+        schedules = [self.schedule([int(t) for t in np.flatnonzero(row)]) for row in self.tried]
+        computed = [self._logarithm_of_cost(schedule) for schedule in schedules]
+        return float(np.mean(np.log(self.tried_error) - computed))
+
+    def _logarithm_of_cost(self, schedule: Schedule) -> float:
+        return math.log(max(schedule_cost(self.gram, self.weights(), schedule), 1e-30)) / 2
 
     def schedule(
         self, key_steps: Sequence[int], predictor: PredictorName = "taylor", order: int | None = None
@@ -196,18 +280,48 @@ class Calibration:
         method: Method = "sampler",
         predictor: PredictorName = "taylor",
         order: int | None = None,
-        power: float = 1.0,
+        measured: float | None = None,
+        power: float = 2.0,
         first_key_steps: int | None = None,
         last_key_steps: int = 0,
         max_gap: int | None = None,
     ) -> dict[int, Plan]:
         """{K: Plan} for every feasible number of key steps: the whole trade-off, without the schedules."""
         return plan_all(
-            self.cost(method, predictor=predictor, order=order, power=power),
+            self.cost(method, predictor=predictor, order=order, measured=measured, power=power),
             first_key_steps=_forced(method, first_key_steps),
             last_key_steps=last_key_steps,
             max_gap=max_gap,
         )
+
+    @classmethod
+    def merged(cls, parts: Sequence[Self]) -> Self:
+        """One calibration from several of the same model and grid, each of its own inputs, in this order.
+
+        Raises:
+            CalibrationError: there are none, or they differ in more than their inputs.
+        """
+        if not parts:
+            raise CalibrationError("there are no calibrations to merge.")
+        first = parts[0].facts
+        for number, part in enumerate(parts):
+            same = {"num_inputs": first.num_inputs, "calls": first.calls}
+            if part.facts.model_copy(update=same) != first:
+                raise CalibrationError(
+                    f"calibration {number} was made with another model, grid or way of guidance than the first: merge "
+                    "only those that differ in their inputs."
+                )
+        inputs = [part.facts.num_inputs for part in parts]
+        calls = [part.facts.calls for part in parts]
+        known = None if None in calls else tuple(call for some in calls for call in some or ())
+        facts = first.model_copy(update={"num_inputs": sum(inputs), "calls": known})
+        tensors = {
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in _TENSORS if name != "paper_cost"
+        }
+        if len(tensors["gram"]) < facts.num_inputs:  # what was not seen on every input is of no use
+            tensors["gram"], tensors["influence"] = tensors["gram"][:0], tensors["influence"][:0]
+        paper = sum(part.paper_cost * count for part, count in zip(parts, inputs, strict=True)) / sum(inputs)
+        return cls(facts=facts, paper_cost=np.asarray(paper), **tensors)
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Writes the calibration as safetensors, whole or not at all."""
@@ -232,7 +346,7 @@ class Calibration:
                 metadata = file.metadata() or {}
         except SafetensorError as error:
             raise FileFormatError(f"{path} is not a whole safetensors file ({error}). {remedy}") from error
-        if metadata.get("format") != FORMAT or set(tensors) != set(_TENSORS):
+        if metadata.get("format") != FORMAT:
             raise FileFormatError(f"{path} is not a dpcache calibration. {remedy}")
         check_version(path, "calibration", metadata.get("version"), VERSION)
         if metadata.get("digest") != _digest(metadata.get("facts", ""), tensors):
@@ -244,115 +358,7 @@ class Calibration:
         return cls(facts=facts, **tensors)
 
 
-def calibrate(
-    pipeline: Any,
-    inputs: Sequence[Input],
-    *,
-    num_inference_steps: int = 50,
-    boundary: Boundary = "blocks",
-    order: int = 2,
-    sensitivity: Sensitivity = "sampler",
-    seed: int = 0,
-    progress: bool = True,
-    **arguments: Any,
-) -> Calibration:
-    """Runs the pipeline in full on a few inputs and measures what predicting each stretch of steps would cost.
-
-    Five inputs are enough and one is nearly enough (DPCache, arXiv 2602.22654). The pipeline is left as it was.
-
-    Args:
-        pipeline: a diffusers pipeline.
-        inputs: prompts, or dicts of arguments of the pipeline's call; each is one call.
-        num_inference_steps: T; schedules planned from the calibration are for this many steps.
-        boundary: what to cache and predict: `"blocks"`, the last transformer block's output, or `"output"`, the
-            denoiser's.
-        order: order of the Taylor prediction.
-        sensitivity: `"measured"` repeats the runs of the first two inputs with a prediction at one step, for about a
-            dozen steps, to find how much it matters there: some nine full runs each. Then `method="measured"` can be
-            planned with, far better where errors in the first steps make other pictures.
-        seed: input n gets a generator seeded with `seed + n`, unless it brings its own.
-        progress: show a progress bar.
-        arguments: further arguments of every call; an input's own win.
-
-    Raises:
-        CalibrationError: no inputs, or a value was NaN or infinite (the message names input and step).
-        UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
-        CacheStateError: dpcache is enabled on the pipeline.
-    """
-    defaults = {"num_inference_steps": num_inference_steps, "output_type": "latent", **arguments}
-    calls = call_arguments(inputs, defaults)
-    denoisers = find_denoisers(pipeline)
-    paper: CostTensor | None = None
-    branches = 0
-    grams: list[npt.NDArray[np.float64]] = []
-    value_grams: list[npt.NDArray[np.float64]] = []
-    influences: list[npt.NDArray[np.float64]] = []
-    probed = calls[:PROBED_INPUTS] if sensitivity == "measured" else []
-    total = len(calls) * num_inference_steps + len(probed) * probing_calls(num_inference_steps)
-    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress) as bar:
-        for number, call in enumerate(calls):
-            try:
-                run = record(
-                    pipeline,
-                    seeded(pipeline, call, seed + number),
-                    boundary=boundary,
-                    on_step=lambda _: bar.update(),
-                )
-                costs = _paper_costs(run, order)
-            except CalibrationError as error:
-                raise CalibrationError(f"input {number}: {error}") from error
-            paper = np.zeros_like(costs[0]) if paper is None else paper
-            if costs[0].shape != paper.shape:
-                raise CalibrationError(
-                    f"input {number} ran {run.num_steps} steps and those before it {len(paper)}: give every input "
-                    "the same number of steps."
-                )
-            paper = sum(costs, start=paper)
-            branches += len(costs)
-            value_grams.append(run.value_gram().numpy())
-            if (gram := run.gram()) is not None:
-                grams.append(gram.numpy())
-                influences.append(np.array([run.influence[t] for t in range(run.num_steps)]))
-        measured = [
-            measure(pipeline, partial(seeded, pipeline, call, seed + number), bar.update)
-            for number, call in enumerate(probed)
-        ]
-    assert paper is not None  # there is at least one call
-    facts = Facts(
-        num_inference_steps=run.num_steps,
-        boundary=boundary,
-        order=order,
-        model=identify(denoisers),
-        pipeline=type(pipeline).__name__,
-        scheduler=type(pipeline.scheduler).__name__,
-        timesteps=run.timesteps,
-        num_inputs=len(calls),
-        num_branches=len(costs),
-        calls=_as_json(calls),
-    )
-    seen = len(grams) == len(calls)
-    influence = np.mean(influences, axis=0) if seen else np.zeros(run.num_steps)
-    return Calibration(
-        facts=facts,
-        paper_cost=paper / branches,
-        gram=np.stack(grams) if seen else np.empty((0, run.num_steps, run.num_steps)),
-        value_gram=np.stack(value_grams),
-        influence=influence,
-        sensitivity=interpolated(measured, influence) if measured and seen else np.empty(0),
-    )
-
-
-def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | None:
-    plain = [{name: value for name, value in call.items() if name != "generator"} for call in calls]
-    try:
-        return tuple(json.loads(json.dumps(plain)))
-    except TypeError:
-        return None
-
-
-def _key_steps(num_steps: int, num_key_steps: int | None, speedup: float | None) -> int:
-    if (num_key_steps is None) == (speedup is None):
-        raise ValueError("give either num_key_steps or speedup.")
+def _budget(num_steps: int, num_key_steps: int | None, speedup: float | None) -> int:
     if num_key_steps is not None:
         return num_key_steps
     assert speedup is not None
@@ -366,17 +372,6 @@ def _forced(method: Method, first_key_steps: int | None) -> int:
     return first_key_steps if first_key_steps is not None else 3 if method == "paper" else 1
 
 
-def _paper_costs(run: RecordedRun, order: int) -> list[CostTensor]:
-    """The paper's cost tensor of every branch."""
-    costs = [paper_cost(values, order) for values in run.complete_branches()]
-    if not costs:
-        raise CalibrationError(
-            f"no denoiser call was made at every one of the {run.num_steps} steps, so there is no whole trajectory to "
-            "measure. Calibrate with guidance on throughout and from the first step."
-        )
-    return costs
-
-
 def _digest(facts: str, tensors: Mapping[str, npt.NDArray[np.float64]]) -> str:
-    data = facts.encode() + b"".join(tensors[name].tobytes() for name in _TENSORS)
+    data = facts.encode() + b"".join(tensors[name].tobytes() for name in _TENSORS if name in tensors)
     return hashlib.sha256(data).hexdigest()

@@ -81,7 +81,7 @@ def calibrate(
     settings: Settings = None,
 ) -> None:
     """Runs a model in full on a few prompts and writes what skipping steps would cost. Five prompts are enough."""
-    from .calibration import calibrate as run
+    from .measuring import calibrate as run
 
     inputs = _inputs(model, prompts, prompt_file, held_out=False, count=5)
     pipeline, arguments = _load(model, settings)
@@ -137,13 +137,19 @@ def plan(
     calibration: Annotated[Path, typer.Argument(help="A calibration file.")],
     num_key_steps: Annotated[int | None, typer.Option("--key-steps", "-k", help="K: steps to compute in full.")] = None,
     speedup: Annotated[float | None, typer.Option(help="T / K instead: as many key steps as it allows.")] = None,
+    max_error: Annotated[
+        float | None,
+        typer.Option(help="As few key steps instead as keep the expected error below this, 0.01 for 1 %."),
+    ] = None,
     output: Output = Path("schedule.json"),
     method: Annotated[
-        Literal["sampler", "measured", "paper"],
-        typer.Option(
-            help="How errors are judged: by what the sampler does with them, what comes of them, or as in the paper."
-        ),
+        Literal["sampler", "paper"],
+        typer.Option(help="How errors are judged: by what the sampler does with them, or as in the paper."),
     ] = "sampler",
+    measured: Annotated[
+        float | None,
+        typer.Option(min=0, max=1, help="What of the measured sensitivity to believe [0.5 where it was measured]."),
+    ] = None,
     first: Annotated[
         int | None, typer.Option("--first", help="So many first steps are key steps [1; 3 with --method paper].")
     ] = None,
@@ -153,10 +159,17 @@ def plan(
     """Finds the best key steps for a budget and writes the schedule."""
     from .calibration import Calibration
 
-    if (num_key_steps is None) == (speedup is None):
-        raise typer.BadParameter("give either --key-steps or --speedup.")
+    if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
+        raise typer.BadParameter("give one of --key-steps, --speedup and --max-error.")
     schedule = Calibration.load(calibration).plan(
-        num_key_steps, speedup=speedup, method=method, first_key_steps=first, last_key_steps=last, max_gap=max_gap
+        num_key_steps,
+        speedup=speedup,
+        max_error=max_error,
+        method=method,
+        measured=measured,
+        first_key_steps=first,
+        last_key_steps=last,
+        max_gap=max_gap,
     )
     schedule.save(output)
     out.print(f"wrote {output}: {schedule}, cost {schedule.cost:.4g}, up to {schedule.ideal_speedup:.2f}x faster")

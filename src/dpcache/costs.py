@@ -4,6 +4,7 @@
 was i. Step T, one past the last, is a sentinel: the hop to it pays for everything after the last key step.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import torch
 
 from .predictors import Predictor, Taylor, backward_differences, taylor_coefficients, taylor_weights
+from .schedule import Schedule
 
 CostTensor = npt.NDArray[np.float64]
 
@@ -78,52 +80,74 @@ def paper_cost(
 
 def sampler_cost(
     gram: npt.NDArray[np.float64],
-    influence: npt.NDArray[np.float64],
+    weights: npt.NDArray[np.float64],
     predictor: Predictor | None = None,
     *,
-    power: float = 1.0,
+    power: float = 2.0,
 ) -> CostTensor:
     """Cost tensor that knows the sampler: what errors of prediction do to the sample.
 
-    The error of one skipped step is the RMS error of the prediction of what the scheduler receives, times how far the
-    scheduler moves the sample on it; `cost[i, j, k]` sums its power over the skipped steps j+1 .. k-1 and averages over
-    runs.
-    The errors follow in closed form from products of what was received at every two steps. The history of a prediction
-    is that of the paper, the consecutive steps up to i, then j, and shorter where the run has just begun.
+    At a skipped step the scheduler moves the sample by a multiple of what it receives, so the errors of a hop add up
+    before the denoiser sees any of them: `cost[i, j, k]` is the RMS of their weighted sum over the skipped steps
+    j+1 .. k-1, to some power, mean over runs. Errors of opposite sign cancel, as they do in the sample.
+
+    All follows in closed form from products of what was received at every two steps. The history of a prediction is
+    that of the paper, the consecutive steps up to i, then j, and shorter where the run has just begun.
 
     Args:
         gram: [runs, T, T], mean products (see `RecordedRun.gram`).
-        influence: [T], weights of the steps (see `step_influence`).
+        weights: [T], how far the sample moves per unit of what the scheduler receives (see `step_influence`).
         predictor: what predicts; by default Taylor of order 2.
-        power: 1 counts errors as they are; with more, single large errors weigh heavier than many small ones.
+        power: 2 adds hops up as errors that know nothing of each other; with more, single large ones weigh heavier.
 
     Returns:
         float64 array [T, T+1, T+1] indexed [i, j, k], infinite for i >= j > 0 and k <= j.
     """
     predictor = predictor or Taylor()
     order = predictor.order
-    steps = len(influence)
+    steps = len(weights)
     cost = np.full((steps, steps + 1, steps + 1), np.inf)
-    norm = np.diagonal(gram, axis1=1, axis2=2)  # [runs, T], squared
     for j in range(steps):
         targets = np.arange(j + 1, steps)
+        weighted = weights[targets, None] * gram[:, targets]  # [runs, targets, T]
+        summed = weighted.cumsum(axis=1)  # products of the hop's true sum with every step
+        inner = (weighted[:, :, targets] * weights[targets]).cumsum(axis=1).cumsum(axis=2)
+        square_of_truth = np.diagonal(inner, axis1=1, axis2=2)  # [runs, targets]
         for i in range(max(j, 1)):
             keys = [*range(max(i - order + 1, 0), i + 1), j] if i < j and order else [j]
-            c = predictor.coefficients(keys, targets)
-            crossed = gram[:, targets[:, None], keys]
+            c = (weights[targets, None] * predictor.coefficients(keys, targets)).cumsum(axis=0)  # [targets, keys]
             among = gram[:, np.array(keys)[:, None], keys]
-            square = norm[:, targets] - 2 * (crossed * c).sum(axis=2) + np.einsum("ta,sab,tb->st", c, among, c)
-            errors = ((np.sqrt(np.maximum(square, 0)) * influence[targets]) ** power).mean(axis=0)
+            square = square_of_truth - 2 * (summed[:, :, keys] * c).sum(axis=2) + ((c @ among) * c).sum(axis=2)
             cost[i, j, j + 1] = 0.0
-            cost[i, j, j + 2 :] = np.cumsum(errors)
+            cost[i, j, j + 2 :] = (np.maximum(square, 0) ** (power / 2)).mean(axis=0)
     return cost
+
+
+def schedule_cost(
+    gram: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], schedule: Schedule, *, power: float = 2.0
+) -> float:
+    """What a schedule costs with its own coefficients, from the key steps that it really predicts from.
+
+    Arguments and unit as in `sampler_cost`, which has to guess the key steps before the last two.
+    """
+    steps = len(weights)
+    total = 0.0
+    for key, after in pairwise([*schedule.key_steps, steps]):
+        error = np.zeros(steps)  # of the hop, as multiples of what is received at every step
+        for step in range(key + 1, after):
+            error[step] += weights[step]
+            for term in schedule.predictions[step]:
+                error[term.key_step] -= weights[step] * term.coefficient
+        total += float((np.maximum(error @ gram @ error, 0) ** (power / 2)).mean())
+    return total
 
 
 def step_influence(received: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
     """How far one step of a scheduler moves the sample per unit of the model output that it is given.
 
-    `after` is fitted as a x before + b x received by least squares, and |b| returned: exact wherever a step is linear
-    in its sample and model output (Euler, flow Euler, DDIM: all but rounding), the best linear account otherwise.
+    `after` is fitted as a x before + b x received by least squares, and b returned, with its sign: exact wherever a
+    step is linear in its sample and model output (Euler, flow Euler, DDIM: all but rounding), the best linear account
+    otherwise.
     """
     x, o, y = (tensor.detach().double().flatten() for tensor in (before, received, after))
     products = torch.stack([x, o]) @ torch.stack([x, o, y]).T  # one transfer from the device
@@ -131,8 +155,8 @@ def step_influence(received: torch.Tensor, before: torch.Tensor, after: torch.Te
     determinant = xx * oo - xo * xo
     # Sample and output along one line: the share of each is unknown, and the output may have moved all of it.
     if determinant > 1e-12 * xx * oo:
-        return float(abs(xx * oy - xo * xy) / determinant)
-    return float(abs(oy - xo) / oo) if oo else 0.0
+        return float((xx * oy - xo * xy) / determinant)
+    return float((oy - xo) / oo) if oo else 0.0
 
 
 def _prediction_errors(truth: torch.Tensor, histories: list[list[int]], order: int) -> npt.NDArray[np.float64]:

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .calibration import calibrate
 from .comparison import Comparison, compare_all
 from .files import write_whole
+from .measuring import calibrate
 from .metrics import Picture
 from .report import write_report
 from .selection import select

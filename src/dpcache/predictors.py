@@ -16,6 +16,10 @@ import numpy.typing as npt
 Coefficients = npt.NDArray[np.float64]
 Steps = Sequence[int] | npt.NDArray[np.integer[Any]]
 
+#: Ridges that `chosen_ridge` tries, and how far apart the key steps are that it predicts from.
+_RIDGES = (1e-8, 1e-7, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2)
+_REACH = 3
+
 
 class Predictor(Protocol):
     """How skipped steps are predicted from key steps."""
@@ -75,6 +79,34 @@ class Fitted:
         among = among + self.ridge * np.trace(among) / len(used) * np.eye(len(used))
         coefficients: Coefficients = np.linalg.solve(among, self.gram[used[:, None], np.asarray(steps)]).T
         return coefficients
+
+
+def chosen_ridge(grams: Coefficients, order: int, default: float = 1e-5) -> float:
+    """The ridge of a fitted predictor that errs least on runs it was not fitted to.
+
+    Every run is predicted by what is fitted to the others, each step from key steps 3 and more steps before it.
+
+    Args:
+        grams: [runs, T, T], mean products of the values at every two steps.
+        order: of the predictor.
+        default: for a single run, which cannot tell.
+    """
+    runs, steps = grams.shape[:2]
+    if runs < 2 or steps <= _REACH * (order + 1):
+        return default
+    errors = {}
+    for ridge in _RIDGES:
+        total = 0.0
+        for run in range(runs):
+            predictor = Fitted(np.delete(grams, run, axis=0).mean(axis=0), order, ridge)
+            for step in range(_REACH * (order + 1), steps):
+                keys = list(range(step - _REACH * (order + 1), step, _REACH))
+                error = np.zeros(steps)
+                error[step] = 1.0
+                error[keys] -= predictor.coefficients(keys, [step])[0]
+                total += float(error @ grams[run] @ error)
+        errors[ridge] = total
+    return min(errors, key=errors.__getitem__)
 
 
 def backward_differences(keys: Sequence[int], order: int) -> Coefficients:

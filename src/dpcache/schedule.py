@@ -17,7 +17,7 @@ from .predictors import Predictor, Taylor
 Boundary = Literal["blocks", "output"]
 
 FORMAT = "dpcache.schedule"
-VERSION = 2
+VERSION = 3
 
 
 class ModelIdentity(BaseModel):
@@ -68,8 +68,9 @@ class Schedule(BaseModel):
     error: float | None = Field(
         default=None,
         description="Measured: root mean square difference of what the pipeline returns from its full run, as a "
-        "fraction of that; geometric mean over inputs.",
+        "fraction of that; the inputs averaged by the square root.",
     )
+    expected_error: float | None = Field(default=None, description="Likewise, but computed from a calibration.")
     source: str | None = Field(default=None, description="How it came about, for people.")
 
     @classmethod

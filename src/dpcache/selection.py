@@ -1,31 +1,33 @@
-"""Which plan is best in truth: candidates are run on inputs that they were not fitted to, and the best is kept.
+"""Which plan is best in truth: candidates are run on inputs that they were not fitted to, tuned, and the best is kept.
 
 No single way of planning wins on every model, but trying one is cheap: a run with K key steps costs K full calls.
 """
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+import os
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from tqdm.auto import tqdm
 
-from .cache import enabled, require_disabled
-from .calibration import Calibration, Method, PredictorName, calibrate
+from .cache import require_disabled
+from .calibration import Calibration, Method, PredictorName
 from .errors import CalibrationError, InfeasibleBudgetError
 from .inputs import Input, call_arguments, seeded
-from .recording import quiet
+from .journal import Journal, digest
+from .measuring import TRIAL_SEED, calibrate
+from .planner import Objective
 from .schedule import Boundary, Schedule
+from .trials import Trial, average_error
+from .tuning import directions, normal_equations, proposals
 
-#: Of the inputs of `optimize`, the share that is calibrated on; the candidates are run on the others.
+#: Of the inputs of `optimize`, the share that is calibrated and tuned on; the candidates are judged on the others.
 FITTED_SHARE = 0.6
-#: Seeds of selection are so far from those of calibration that they never meet.
-SEED_OFFSET = 1_000_000
-#: So many candidates are run in all trials, however badly one of them fares in the first.
+#: So many candidates are run in all trials and tuned, however badly one of them fares in the first.
 FINALISTS = 3
 
 
@@ -34,39 +36,46 @@ class Recipe:
     """One way to plan.
 
     Attributes:
-        method: how errors are judged (see `Calibration.cost`).
         predictor: what predicts (see `Calibration.predictor`).
         order: its order.
+        measured: what of the measured sensitivity to believe, 0 to 1 (see `Calibration.weights`).
+        method: how errors are judged (see `Calibration.cost`).
         power: of errors in the cost (see `costs.sampler_cost`).
-        first_key_steps: steps forced at the beginning.
+        objective: what is made least, the sum over the hops or the largest.
+        first_key_steps: steps forced at the beginning; None as many as the method wants.
         last_key_steps: steps forced at the end.
     """
 
     predictor: PredictorName = "taylor"
     order: int = 2
+    measured: float | None = None
     method: Method = "sampler"
-    power: float = 1.0
-    first_key_steps: int = 1
+    power: float = 2.0
+    objective: Objective = "sum"
+    first_key_steps: int | None = None
     last_key_steps: int = 0
 
     def __str__(self) -> str:
-        forced = f"{self.first_key_steps} forced at the start"
-        forced += f" and {self.last_key_steps} at the end" if self.last_key_steps else ""
-        power = f" to the power {self.power:g}" if self.power != 1 else ""
-        return f"{self.predictor} of order {self.order}, errors by the {self.method} weights{power}, {forced}"
+        parts = [f"{self.predictor} of order {self.order}, {self.method} cost"]
+        if self.measured is not None:
+            parts.append(f"{self.measured:.0%} of the measured sensitivity")
+        if self.power != 2:
+            parts.append(f"errors to the power {self.power:g}")
+        if self.objective != "sum":
+            parts.append("least largest hop")
+        if self.first_key_steps is not None:
+            parts.append(f"{self.first_key_steps} forced at the start")
+        if self.last_key_steps:
+            parts.append(f"{self.last_key_steps} forced at the end")
+        return ", ".join(parts)
 
 
-_PREDICTORS: tuple[tuple[PredictorName, int], ...] = (
-    ("taylor", 1),
-    ("taylor", 2),
-    ("taylor", 3),
-    ("fitted", 1),
-    ("fitted", 2),
-)
-_JUDGEMENTS: tuple[tuple[Method, int], ...] = (("measured", 1), ("sampler", 1), ("sampler", 3))
-RECIPES = tuple(
-    Recipe(predictor, order, method, first_key_steps=first)
-    for (method, first), (predictor, order) in itertools.product(_JUDGEMENTS, _PREDICTORS)
+_PREDICTORS: tuple[tuple[PredictorName, int], ...] = (("taylor", 1), ("taylor", 2), ("fitted", 2))
+RECIPES = (
+    *(Recipe(name, order, share) for share, (name, order) in itertools.product((0.25, 0.5, 0.75, 0.0), _PREDICTORS)),
+    Recipe("taylor", 3, 0.5),
+    Recipe("fitted", 1, 0.5),
+    Recipe("taylor", 2, 0.5, objective="max"),
 )
 """What `select` and `optimize` try; what was not measured is left out."""
 
@@ -79,27 +88,32 @@ def optimize(
     num_key_steps: int = 13,
     boundary: Boundary = "blocks",
     num_trials: int = 8,
+    tune: int = 2,
     polish: int = 0,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: "str | os.PathLike[str] | None" = None,
     **arguments: Any,
 ) -> Schedule:
-    """Calibrates, plans and selects: the best schedule for a pipeline, in one call.
+    """Calibrates, plans, selects and tunes: the best schedule for a pipeline, in one call.
 
-    Costs one full run for every input, nine for each of two to measure the sensitivity (see `calibrate`), and the full
-    calls that `select` says: about 50 full runs for five inputs.
+    Costs one full run for every input, some 25 to measure what comes of errors (see `calibrate`), and what `select`
+    says.
 
     Args:
         pipeline: a diffusers pipeline.
         inputs: prompts, or dicts of arguments of the pipeline's call; five or more are better than one. The first 60 %
-            are calibrated on, candidates are run on the others; a single one serves for both, from different noise.
+            are calibrated and tuned on, candidates are judged on the others; a single one serves for both, from
+            different noise.
         num_inference_steps: T of the pipeline's call.
         num_key_steps: K, the steps to compute in full.
         boundary: what to cache and predict (see `calibrate`).
         num_trials: as in `select`.
+        tune: as in `select`.
         polish: as in `select`.
         seed: of the noise.
         progress: show progress bars.
+        checkpoint: a directory that keeps what was measured: called again with it, the rest is done.
         arguments: further arguments of every call; an input's own win.
 
     Raises:
@@ -116,6 +130,7 @@ def optimize(
         sensitivity="measured",
         seed=seed,
         progress=progress,
+        checkpoint=checkpoint,
         **arguments,
     )
     return select(
@@ -123,10 +138,13 @@ def optimize(
         calibration,
         num_key_steps,
         inputs=inputs[fitted:] or inputs,
+        fitting_inputs=inputs[:fitted],
         num_trials=num_trials,
+        tune=tune,
         polish=polish,
         seed=seed,
         progress=progress,
+        checkpoint=Path(checkpoint) / f"select-{num_key_steps}.jsonl" if checkpoint is not None else None,
         **{"num_inference_steps": num_inference_steps, **arguments},
     )
 
@@ -137,30 +155,42 @@ def select(
     num_key_steps: int,
     *,
     inputs: Sequence[Input] | None = None,
+    fitting_inputs: Sequence[Input] | None = None,
     recipes: Sequence[Recipe] = RECIPES,
     num_trials: int = 8,
+    tune: int = 2,
     polish: int = 0,
     seed: int = 0,
     progress: bool = True,
+    checkpoint: "str | os.PathLike[str] | None" = None,
     **arguments: Any,
 ) -> Schedule:
-    """The plan that is best when really run, among those by several recipes.
+    """The schedule that is best when really run, among plans by several recipes, with its coefficients tuned.
 
-    Every candidate is run in the first two trials; the better half of them goes on to the next, down to three. With n
-    candidates and m trials that takes m full runs and fewer than 3 n + 3 m runs with K full calls. Deterministic.
+    Every candidate is run in the first two trials; the better half of them goes on to the next, down to three. These
+    are tuned: what a change of each hop's prediction does to the final sample is measured in as many further trials,
+    solved by least squares, and kept if it lowers the error in the first ones, which it was not fitted to (see
+    `dpcache.tuning`). Deterministic.
+
+    With n candidates and m trials that takes 2 m full runs, fewer than 3 n + 3 m runs with K full calls to select, and
+    to tune at most m K / 2 + 4 m of them for each finalist and each further round.
 
     Args:
         pipeline: the pipeline that was calibrated.
         calibration: what to plan from.
         num_key_steps: K.
-        inputs: what to run, best other inputs than were calibrated on; those of the calibration unless given. Their
-            noise is other in any case.
+        inputs: what to judge on, best other inputs than were calibrated on; those of the calibration unless given.
+            Their noise is other in any case.
+        fitting_inputs: what to tune on; those of the calibration unless given. Their noise is other again.
         recipes: how the candidates are planned.
-        num_trials: how many runs to judge by, at least; with fewer inputs they are repeated with other noise.
-        polish: how many further runs with K full calls may be spent on moving single key steps of the best plan, each
-            move kept if it lowers the error over all trials.
+        num_trials: how many runs to judge by, and how many to tune on, at least; with fewer inputs they are repeated
+            with other noise.
+        tune: rounds of tuning; 0 leaves the coefficients as planned.
+        polish: how many further runs with K full calls may be spent, before tuning, on moving single key steps of the
+            best plan, each move kept if it lowers the error over all trials.
         seed: of the noise.
         progress: show a progress bar.
+        checkpoint: a file that keeps every result: called again with it, only what is missing is run.
         arguments: of every call, beside inputs that are given; `num_inference_steps` is that of the calibration unless
             given.
 
@@ -169,73 +199,149 @@ def select(
 
     Raises:
         CalibrationError: no inputs, or none that a file could keep; no recipes.
+        FileFormatError: the checkpoint is of another search.
         InfeasibleBudgetError: no schedule has that many key steps.
         CacheStateError, UnsupportedPipelineError: as `calibrate`.
     """
     require_disabled(pipeline)
     candidates = _candidates(calibration, num_key_steps, recipes)
-    steps = calibration.facts.num_inference_steps
-    if inputs is None:
-        if calibration.facts.calls is None:
-            raise CalibrationError(
-                "this calibration does not know its inputs, for there was more among them than text and numbers: pass "
-                "some, select(pipe, calibration, num_key_steps, inputs=[...])."
-            )
-        inputs = calibration.facts.calls
-    calls = call_arguments(inputs, {"num_inference_steps": steps, "output_type": "latent", **arguments})
-    calls *= math.ceil(num_trials / len(calls))
-    trials = [_Trial(pipeline, seeded(pipeline, call, SEED_OFFSET + seed + n)) for n, call in enumerate(calls)]
-    kept = candidates
+    defaults = {
+        "num_inference_steps": calibration.facts.num_inference_steps,
+        "output_type": "latent",
+        **arguments,
+    }
+    judging = call_arguments(_known(inputs, calibration), defaults)
+    fitting = call_arguments(_known(fitting_inputs, calibration), defaults)
+    about = [judging, fitting, seed, calibration.facts.model_dump(), calibration.gram.tobytes().hex()[:64]]
+    journal = Journal(checkpoint, about)
     with tqdm(desc="select", unit="run", disable=not progress) as bar:
-        for number, trial in enumerate(trials):
-            trial.run_in_full()
-            bar.update()
-            for candidate in kept:
-                candidate.errors.append(trial.error(candidate.schedule))
-                bar.update()
-            kept = sorted(kept, key=_Candidate.mean_error)
-            if number:
-                kept = kept[: max(FINALISTS, math.ceil(len(kept) / 2))]
-        best = kept[0]
-        for candidate in _moves(best, calibration, polish // len(trials)):
-            candidate.errors = [trial.error(candidate.schedule) for trial in trials]
-            bar.update(len(trials))
-            best = min(best, candidate, key=_Candidate.mean_error)
-    source = f"best of {len(candidates)} plans in {len(trials)} trials: {best.recipe}"
-    return best.schedule.model_copy(update={"error": 10 ** best.mean_error(), "source": source})
+        search = _Search(
+            calibration,
+            _trials(pipeline, judging, num_trials, TRIAL_SEED + seed, journal, "judging", bar.update),
+            _trials(pipeline, fitting, num_trials, 2 * TRIAL_SEED + seed, journal, "fitting", bar.update),
+        )
+        finalists = search.halved(candidates)
+        finalists = [search.polished(finalists[0], polish), *finalists[1:]]
+        if tune and calibration.gram.size:
+            finalists = [search.tuned(finalist) for finalist in finalists]
+        best = min(finalists, key=_Candidate.average)
+        for _ in range(tune - 1):
+            best = search.tuned(best)
+    source = f"best of {len(candidates)} plans in {len(search.judging)} trials{best.tuned}: {best.recipe}"
+    return best.schedule.model_copy(update={"error": best.average(), "expected_error": None, "source": source})
 
 
 @dataclass
 class _Candidate:
     schedule: Schedule
     recipe: Recipe
-    #: log10 of the relative RMS error in every trial so far.
+    #: In every trial so far (see `Trial.error`).
     errors: list[float] = field(default_factory=list)
+    tuned: str = ""
 
-    def mean_error(self) -> float:
-        return float(np.mean(self.errors))
+    def average(self) -> float:
+        return average_error(self.errors)
 
 
-class _Trial:
-    """One call of the pipeline, in full and with one schedule after another."""
+class _Remembered:
+    """A trial whose results are kept in a journal."""
 
-    def __init__(self, pipeline: Any, arguments: dict[str, Any]) -> None:
-        self.pipeline, self.arguments = pipeline, arguments
-
-    def run_in_full(self) -> None:
-        self.full = self._run()
+    def __init__(self, trial: Trial, journal: Journal, name: str, on_run: Callable[[], object]) -> None:
+        self._trial, self._journal, self._name, self._on_run = trial, journal, name, on_run
 
     def error(self, schedule: Schedule) -> float:
-        with enabled(self.pipeline, schedule):
-            difference = self._run() - self.full
-        # Where nothing differs at all, a difference far below any rounding keeps the logarithm finite.
-        relative = float(np.linalg.norm(difference) / np.linalg.norm(self.full))
-        return math.log10(max(relative, 1e-12))
+        def measure() -> float:
+            found = self._full().error(schedule)
+            self._on_run()
+            return found
 
-    def _run(self) -> npt.NDArray[np.float64]:
-        with quiet(self.pipeline):
-            output = self.pipeline(**seeded(self.pipeline, self.arguments, 0))[0]
-        return np.asarray(torch.as_tensor(output).to("cpu", torch.float64))
+        return float(self._journal.get(f"{self._name}: error of {_name(schedule)}", measure))
+
+    def equations(self, schedule: Schedule, calibration: Calibration) -> tuple[Any, Any]:
+        ways = directions(schedule, calibration)
+
+        def measure() -> list[Any]:
+            found = normal_equations(self._full(), schedule, ways, self._on_run)
+            return [part.tolist() for part in found]
+
+        matrix, vector = self._journal.get(f"{self._name}: equations of {_name(schedule)}", measure)
+        return np.array(matrix), np.array(vector)
+
+    def _full(self) -> Trial:
+        if not hasattr(self._trial, "full"):
+            self._trial.run_in_full()
+            self._on_run()
+        return self._trial
+
+
+@dataclass
+class _Search:
+    calibration: Calibration
+    judging: list[_Remembered]
+    fitting: list[_Remembered]
+
+    def halved(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """The few that are best in all trials, the best first; the others were run in fewer."""
+        kept = candidates
+        for number, trial in enumerate(self.judging):
+            for candidate in kept:
+                candidate.errors.append(trial.error(candidate.schedule))
+            kept = sorted(kept, key=_Candidate.average)
+            if number:
+                kept = kept[: max(FINALISTS, math.ceil(len(kept) / 2))]
+        return kept[:FINALISTS]
+
+    def judged(self, candidate: _Candidate) -> _Candidate:
+        candidate.errors = [trial.error(candidate.schedule) for trial in self.judging]
+        return candidate
+
+    def polished(self, best: _Candidate, runs: int) -> _Candidate:
+        """The candidate, or one with some of its key steps moved, if that is better in all trials."""
+        for candidate in _moves(best, self.calibration, runs // len(self.judging)):
+            best = min(best, self.judged(candidate), key=_Candidate.average)
+        return best
+
+    def tuned(self, best: _Candidate) -> _Candidate:
+        """The candidate, or one with tuned coefficients, if that is better in the trials it was not fitted to."""
+        ways = directions(best.schedule, self.calibration)
+        if not ways:
+            return best
+        equations = [trial.equations(best.schedule, self.calibration) for trial in self.fitting]
+        for schedule in proposals(best.schedule, ways, equations):
+            tuned = self.judged(_Candidate(schedule, best.recipe, tuned=f", tuned in {len(self.fitting)} more"))
+            best = min(best, tuned, key=_Candidate.average)
+        return best
+
+
+def _known(inputs: Sequence[Input] | None, calibration: Calibration) -> Sequence[Input]:
+    if inputs is not None:
+        return inputs
+    if calibration.facts.calls is None:
+        raise CalibrationError(
+            "this calibration does not know its inputs, for there was more among them than text and numbers: pass "
+            "some, select(pipe, calibration, num_key_steps, inputs=[...], fitting_inputs=[...])."
+        )
+    return calibration.facts.calls
+
+
+def _trials(
+    pipeline: Any,
+    calls: Sequence[dict[str, Any]],
+    least: int,
+    seed: int,
+    journal: Journal,
+    kind: str,
+    on_run: Callable[[], object],
+) -> list[_Remembered]:
+    repeated = list(calls) * math.ceil(least / len(calls))
+    return [
+        _Remembered(Trial(pipeline, seeded(pipeline, call, seed + number)), journal, f"{kind} {number}", on_run)
+        for number, call in enumerate(repeated)
+    ]
+
+
+def _name(schedule: Schedule) -> str:
+    return digest(schedule.model_dump(mode="json", include={"key_steps", "predictions", "boundary"}))
 
 
 def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[Recipe]) -> list[_Candidate]:
@@ -245,7 +351,7 @@ def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[
         'there are no recipes to select from, or only such as need a calibration with sensitivity="measured".'
     )
     for recipe in recipes:
-        if recipe.method == "measured" and not len(calibration.sensitivity):
+        if recipe.measured and not calibration.is_measured:
             continue
         try:
             schedule = calibration.plan(num_key_steps, **vars(recipe))
@@ -283,6 +389,6 @@ def _moves(best: _Candidate, calibration: Calibration, count: int) -> Iterator[_
             count -= 1
             if not count:
                 return
-            if candidate.mean_error() < best.mean_error():
+            if candidate.average() < best.average():
                 best = candidate
                 break

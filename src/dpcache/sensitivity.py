@@ -70,14 +70,27 @@ def measure(
     return found
 
 
-def interpolated(measured: list[dict[int, float]], influence: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """float64 [T]: the sensitivity at every step, from that at the probed steps of several calls.
+def ratios(measured: dict[int, float], influence: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """float64 [T]: how much farther the final sample moves than the step itself (see `costs.step_influence`) says.
 
-    The ratio to the influence changes slowly: its logarithm is averaged over calls and interpolated linearly.
+    NaN at steps that were not probed.
     """
-    known = sorted({step for one in measured for step in one if influence[step] > 0})
-    ratios = [np.mean([np.log(one[step] / influence[step]) for one in measured if step in one]) for step in known]
-    result: npt.NDArray[np.float64] = influence * np.exp(np.interp(np.arange(len(influence)), known, ratios))
+    found = np.full(len(influence), np.nan)
+    for step, moved in measured.items():
+        if influence[step]:
+            found[step] = moved / abs(influence[step])
+    return found
+
+
+def interpolated(probes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """float64 [T]: the ratio at every step, from those of several calls [calls, T] with NaN at all but the probed ones.
+
+    It changes slowly: its logarithm is averaged over calls and interpolated linearly.
+    """
+    steps = np.arange(probes.shape[1])
+    known = steps[np.isfinite(probes).any(axis=0)]
+    logarithms = np.nanmean(np.log(probes[:, known]), axis=0)
+    result: npt.NDArray[np.float64] = np.exp(np.interp(steps, known, logarithms)) if len(known) else np.ones(len(steps))
     return result
 
 
