@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import dpcache
-from dpcache.calibration import Facts
+from dpcache.calibration_file import Facts
 from dpcache.files import write_whole
 from dpcache.schedule import ModelIdentity
 
 MODEL = ModelIdentity(denoiser="FluxTransformer2DModel", config="0123456789abcdef")
+SIGMAS = 1 - np.append(0, np.linspace(0.1, 0.2, 20).cumsum()) / 3
 
 
 @pytest.fixture
@@ -33,6 +34,8 @@ def calibration() -> dpcache.Calibration:
         pipeline="FluxPipeline",
         scheduler="FlowMatchEulerDiscreteScheduler",
         timesteps=tuple(np.linspace(1000, 50, 20)),
+        sigmas=tuple(SIGMAS.tolist()),
+        prediction="flow_prediction",
         num_inputs=1,
         num_branches=1,
         calls=({"prompt": "a red ring"},),
@@ -43,7 +46,7 @@ def calibration() -> dpcache.Calibration:
         paper_cost=dpcache.paper_cost(features),
         gram=gram[None],
         value_gram=gram[None],
-        influence=np.linspace(0.1, 0.2, 20)[None],
+        influence=np.diff(SIGMAS)[None],
         probes=np.linspace(4, 1, 20)[None],
         tried=np.eye(20)[:1] + np.eye(20)[7] + np.eye(20)[12],
         tried_error=np.array([0.1]),
@@ -74,6 +77,11 @@ def test_calibration_round_trip_and_plan(calibration, tmp_path):
     assert schedule.cost == best.cost
     assert (schedule.model, schedule.boundary, schedule.order) == (MODEL, "blocks", 2)
     assert loaded.plan_all()[7] == dpcache.plan(calibration.cost(), 7, first_key_steps=1)
+    assert loaded.interpolation_error == calibration.interpolation_error
+    loaded.on_grid(12).save(tmp_path / "interpolated.safetensors")
+    interpolated = dpcache.Calibration.load(tmp_path / "interpolated.safetensors")
+    assert (interpolated.facts.num_inference_steps, interpolated.facts.recorded_steps) == (12, 20)
+    assert interpolated.plan(4) == calibration.plan(4, num_inference_steps=12)
     by_paper = loaded.plan(num_key_steps=7, method="paper", max_gap=5)
     assert by_paper.key_steps == dpcache.plan(calibration.paper_cost, 7, max_gap=5).key_steps != schedule.key_steps
 
@@ -171,8 +179,8 @@ def test_edited_calibrations(written):
         dpcache.Calibration.load(path)
     (size,) = struct.unpack("<Q", whole[:8])
     header = whole[8 : 8 + size]
-    path.write_bytes(whole[:8] + header.replace(b'"version":"3"', b'"version":"9"') + whole[8 + size :])
-    with pytest.raises(dpcache.FileFormatError, match="version 9; this release reads version 3"):
+    path.write_bytes(whole[:8] + header.replace(b'"version":"4"', b'"version":"9"') + whole[8 + size :])
+    with pytest.raises(dpcache.FileFormatError, match="version 9; this release reads version 4"):
         dpcache.Calibration.load(path)
     save_file({"weight": np.zeros(3)}, path)
     with pytest.raises(dpcache.FileFormatError, match="not a dpcache calibration"):

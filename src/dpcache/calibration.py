@@ -1,32 +1,24 @@
 """Calibration: what was measured of a model on one sampling grid; its file, its cost tensors, and plans from them."""
 
-import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save_file
 
+from .calibration_file import TENSORS, Facts, read, write
 from .costs import CostTensor, sampler_cost, schedule_cost
-from .errors import CalibrationError, FileFormatError
-from .files import MAKERS, check_version, read_bytes, write_whole
+from .errors import CalibrationError, GridError
+from .grids import NoiseGrid, left_out_error
+from .interpolation import asked_grid, on_grid
 from .planner import Objective, Plan, plan, plan_all
 from .predictors import Fitted, Predictor, Taylor, chosen_ridge
-from .schedule import Boundary, ModelIdentity, Schedule
+from .schedule import Schedule
 from .sensitivity import interpolated
-
-FORMAT = "dpcache.calibration"
-VERSION = "3"
-
-_TENSORS = ("paper_cost", "gram", "value_gram", "influence", "probes", "tried", "tried_error")
 
 Array = npt.NDArray[np.float64]
 #: How a cost tensor judges an error: by what the sampler and the model make of it, or as the paper does.
@@ -36,25 +28,6 @@ PredictorName = Literal["taylor", "fitted"]
 MEASURED = 0.5
 
 
-class Facts(BaseModel):
-    """What a calibration was measured on."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    num_inference_steps: int = Field(ge=1, description="T: steps of the sampling loop.")
-    boundary: Boundary = Field(description="Where values were read.")
-    order: int = Field(ge=0, description="Order of the Taylor prediction whose errors the paper's cost holds.")
-    model: ModelIdentity = Field(description="The model measured.")
-    pipeline: str = Field(description="Class name of the pipeline.")
-    scheduler: str = Field(description="Class name of the scheduler.")
-    timesteps: tuple[float, ...] = Field(description="The scheduler's grid, T values.")
-    num_inputs: int = Field(ge=1, description="Inputs run.")
-    num_branches: int = Field(ge=1, description="Denoiser calls per step.")
-    calls: tuple[dict[str, Any], ...] | None = Field(
-        description="Arguments of every call, the generator aside; None if there are some that JSON cannot hold."
-    )
-
-
 @dataclass(frozen=True)
 class Calibration:
     """What was measured of predicting instead of computing, for one model and one sampling grid.
@@ -62,7 +35,7 @@ class Calibration:
     Attributes:
         facts: what it was measured on.
         paper_cost: float64 [T, T+1, T+1], the paper's cost tensor of the values at the boundary, mean over inputs and
-            branches (see `costs.paper_cost`).
+            branches (see `costs.paper_cost`); of size 0 where it was interpolated, which this cost cannot be.
         gram: float64 [inputs, T, T], mean products of what the scheduler received at every two steps; no inputs where
             that could not be seen.
         value_gram: float64 [inputs, T, T], likewise of the values at the boundary, mean over branches.
@@ -153,6 +126,11 @@ class Calibration:
                     f'method="paper" knows the errors of Taylor predictions of order {self.facts.order} alone, as '
                     f'calibrated: calibrate with order={order}, or use method="sampler".'
                 )
+            if not self.paper_cost.size:
+                raise GridError(
+                    f'method="paper" cannot be interpolated from {self.facts.recorded_steps} steps to another grid: '
+                    'calibrate on this one, or use method="sampler".'
+                )
             return self.paper_cost
         if method != "sampler":
             raise CalibrationError(f'method must be "sampler" or "paper", got {method!r}.')
@@ -175,6 +153,8 @@ class Calibration:
         *,
         speedup: float | None = None,
         max_error: float | None = None,
+        num_inference_steps: int | None = None,
+        scheduler: Any = None,
         method: Method = "sampler",
         predictor: PredictorName = "taylor",
         order: int | None = None,
@@ -191,6 +171,8 @@ class Calibration:
             num_key_steps: K.
             speedup: T / K instead, what skipped steps that cost nothing would give: as many key steps as it allows.
             max_error: the fewest key steps instead with which `expected_error` is no larger.
+            num_inference_steps: T, if not that of the calibration (see `on_grid`).
+            scheduler: whose grid to plan for, if not that of the calibration (see `on_grid`).
             method: as in `cost`.
             predictor: as in `cost`.
             order: as in `cost`.
@@ -204,6 +186,7 @@ class Calibration:
 
         Raises:
             CalibrationError: as `cost`; or `max_error` is wanted of a calibration that has measured no errors.
+            GridError: as `on_grid`.
             InfeasibleBudgetError: no plan with K key steps satisfies the constraints, or none keeps within the error.
             ValueError: not exactly one of number, speedup and error; or one out of range.
         """
@@ -214,18 +197,82 @@ class Calibration:
             "max_gap": max_gap,
             "objective": objective,
         }
-        cost = self.cost(method, **judged)
+        there = self
+        if num_inference_steps is not None or scheduler is not None:
+            there = self.on_grid(num_inference_steps, scheduler=scheduler)
+        cost = there.cost(method, **judged)
         if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
             raise ValueError("give one of num_key_steps, speedup and max_error.")
         if max_error is not None:
-            budget = self._budget_within(max_error, plan_all(cost, **limits), predictor, order)
+            budget = there._budget_within(max_error, plan_all(cost, **limits), predictor, order)
         else:
-            budget = _budget(self.facts.num_inference_steps, num_key_steps, speedup)
+            budget = _budget(there.facts.num_inference_steps, num_key_steps, speedup)
         found = plan(cost, budget, **limits)
-        schedule = self.schedule(found.key_steps, predictor, order)
-        source = f"planned by {method} cost from {self.facts.num_inputs} calibration inputs"
-        expected = self.expected_error(schedule) if len(self.tried) else None
+        schedule = there.schedule(found.key_steps, predictor, order)
+        source = f"planned by {method} cost from {self.facts.num_inputs} calibration inputs{there._interpolated()}"
+        expected = there.expected_error(schedule) if len(there.tried) else None
         return schedule.model_copy(update={"cost": found.cost, "expected_error": expected, "source": source})
+
+    @property
+    def grid(self) -> NoiseGrid | None:
+        """The noise levels it is of; None where they are not known, or not what the scheduler was given."""
+        facts = self.facts
+        if facts.sigmas is None or facts.prediction is None or not len(self.influence):
+            return None
+        timesteps = np.array(facts.timesteps) if facts.timesteps else None
+        return NoiseGrid(np.array(facts.sigmas), facts.prediction, self.influence.mean(axis=0), timesteps)
+
+    @property
+    def interpolation_error(self) -> float | None:
+        """How well other grids can be interpolated to: relative RMS error of outputs at steps that are left out.
+
+        Every second step is left out and interpolated between the others, which are twice as far apart as those that
+        `on_grid` goes by. None where noise levels are not known, or are fewer than nine.
+        """
+        grid = self.grid
+        if grid is None or grid.num_steps < 9:
+            return None
+        return left_out_error(self.gram, grid.warped())
+
+    def on_grid(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        sigmas: Sequence[float] | None = None,
+        timesteps: Sequence[float] | None = None,
+        scheduler: Any = None,
+    ) -> "Calibration":
+        """What this calibration would be, had it been made on another grid of noise levels: see `dpcache.grids`.
+
+        Args:
+            num_inference_steps: T; the grid follows the rule of the recorded one.
+            sigmas: T + 1 noise levels instead, as a scheduler has them in its `sigmas`, the last where the run ends.
+            timesteps: T timesteps instead, of the recorded scheduler.
+            scheduler: a scheduler of diffusers instead, on which `set_timesteps` has been called, of the same
+                prediction type; or its `dpcache.grids.NoiseGrid`.
+
+        Returns:
+            this calibration, if the noise levels are its own; else one that plans by `method="sampler"` alone.
+
+        Raises:
+            GridError: the grid is not within the recorded one; it or the scheduler is of a kind that cannot be
+                interpolated; or this calibration was interpolated itself.
+            ValueError: not exactly one of the arguments.
+        """
+        given = {"sigmas": sigmas, "timesteps": timesteps, "num_inference_steps": num_inference_steps}
+        grid = asked_grid(self, {**given, "scheduler": scheduler})
+        if grid is None:
+            return self
+        there = on_grid(self, grid)
+        if not len(self.tried):
+            return there
+        # The errors that were found are kept as what they are: multiples of the computed ones.
+        schedules = [there.schedule([int(t) for t in np.flatnonzero(row)]) for row in there.tried]
+        errors = [math.exp(there._logarithm_of_cost(schedule) + self._error_factor) for schedule in schedules]
+        return replace(there, tried_error=np.array(errors))
+
+    def _interpolated(self) -> str:
+        return f", interpolated from {self.facts.recorded_steps} steps" if self.facts.recorded_steps else ""
 
     def _budget_within(
         self, max_error: float, plans: Mapping[int, Plan], predictor: PredictorName, order: int | None
@@ -316,7 +363,7 @@ class Calibration:
         known = None if None in calls else tuple(call for some in calls for call in some or ())
         facts = first.model_copy(update={"num_inputs": sum(inputs), "calls": known})
         tensors = {
-            name: np.concatenate([getattr(part, name) for part in parts]) for name in _TENSORS if name != "paper_cost"
+            name: np.concatenate([getattr(part, name) for part in parts]) for name in TENSORS if name != "paper_cost"
         }
         if len(tensors["gram"]) < facts.num_inputs:  # what was not seen on every input is of no use
             tensors["gram"], tensors["influence"] = tensors["gram"][:0], tensors["influence"][:0]
@@ -325,10 +372,7 @@ class Calibration:
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Writes the calibration as safetensors, whole or not at all."""
-        facts = self.facts.model_dump_json()
-        tensors = {name: np.ascontiguousarray(getattr(self, name)) for name in _TENSORS}
-        metadata = {"format": FORMAT, "version": VERSION, "facts": facts, "digest": _digest(facts, tensors)}
-        write_whole(path, lambda part: save_file(tensors, part, metadata=metadata))
+        write(path, self.facts, {name: getattr(self, name) for name in TENSORS})
 
     @classmethod
     def load(cls, path: "str | os.PathLike[str]") -> Self:
@@ -338,23 +382,7 @@ class Calibration:
             FileNotFoundError: there is no such file.
             FileFormatError: the file is truncated, edited, of another version, or no calibration.
         """
-        remedy = f"Make it anew with {MAKERS['calibration']}."
-        data = read_bytes(path, "calibration")
-        try:
-            tensors = load_tensors(data)
-            with safe_open(path, framework="numpy") as file:
-                metadata = file.metadata() or {}
-        except SafetensorError as error:
-            raise FileFormatError(f"{path} is not a whole safetensors file ({error}). {remedy}") from error
-        if metadata.get("format") != FORMAT:
-            raise FileFormatError(f"{path} is not a dpcache calibration. {remedy}")
-        check_version(path, "calibration", metadata.get("version"), VERSION)
-        if metadata.get("digest") != _digest(metadata.get("facts", ""), tensors):
-            raise FileFormatError(f"{path} was edited after it was written: its digest does not match. {remedy}")
-        try:
-            facts = Facts.model_validate_json(metadata["facts"])
-        except ValidationError as error:
-            raise FileFormatError(f"{path} is not a valid calibration: {error.errors()[0]['msg']}. {remedy}") from error
+        facts, tensors = read(path)
         return cls(facts=facts, **tensors)
 
 
@@ -370,8 +398,3 @@ def _budget(num_steps: int, num_key_steps: int | None, speedup: float | None) ->
 
 def _forced(method: Method, first_key_steps: int | None) -> int:
     return first_key_steps if first_key_steps is not None else 3 if method == "paper" else 1
-
-
-def _digest(facts: str, tensors: Mapping[str, npt.NDArray[np.float64]]) -> str:
-    data = facts.encode() + b"".join(tensors[name].tobytes() for name in _TENSORS if name in tensors)
-    return hashlib.sha256(data).hexdigest()

@@ -25,6 +25,10 @@ class CalibrationError(DPCacheError, ValueError):
     """Calibration cannot start or was stopped by what it measured (no inputs, NaN, no sampling loop)."""
 
 
+class GridError(CalibrationError):
+    """A calibration says nothing of the noise levels, or of the kind of scheduler, that it is asked about."""
+
+
 class UnknownModelError(DPCacheError, ValueError):
     """No model goes by this name, and no pipeline is found at this path."""
 

@@ -11,7 +11,8 @@ from typing import Any, Literal
 import numpy as np
 from tqdm.auto import tqdm
 
-from .calibration import Calibration, Facts
+from .calibration import Calibration
+from .calibration_file import Facts
 from .costs import CostTensor, paper_cost
 from .denoisers import find_denoisers, identify
 from .errors import CalibrationError
@@ -19,6 +20,7 @@ from .inputs import Input, call_arguments, seeded
 from .journal import Journal
 from .recording import RecordedRun, record
 from .schedule import Boundary
+from .schedulers import prediction_type
 from .sensitivity import measure, probing_calls, ratios
 from .trials import Trial, average_error
 
@@ -132,6 +134,8 @@ def _measured(
             pipeline=type(pipeline).__name__,
             scheduler=type(pipeline.scheduler).__name__,
             timesteps=run.timesteps,
+            sigmas=run.sigmas,
+            prediction=prediction_type(pipeline.scheduler),
             num_inputs=1,
             num_branches=len(costs),
             calls=_as_json([call]),

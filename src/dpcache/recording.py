@@ -11,6 +11,7 @@ from .cache import require_disabled
 from .costs import step_influence
 from .errors import CalibrationError
 from .schedule import Boundary
+from .schedulers import noise_levels
 from .watch import Branch, Call, Grid, Moved, Watch
 
 
@@ -21,6 +22,8 @@ class RecordedRun:
     Attributes:
         num_steps: T, the steps its sampling loop took.
         timesteps: float64 [T], the part of the scheduler's grid that the loop ran through.
+        sigmas: float64 [T + 1], the noise level at every step and after the last (see `schedulers.noise_levels`); None
+            where they are not known.
         values: per branch, the value at the boundary at every step it was called, step -> tensor in host memory.
         received: what the scheduler was given at every step, after guidance, step -> float32 [D] in host memory.
         influence: how far the scheduler moved the sample per unit of what it was given (see `costs.step_influence`).
@@ -29,6 +32,7 @@ class RecordedRun:
 
     num_steps: int = 0
     timesteps: tuple[float, ...] = ()
+    sigmas: tuple[float, ...] | None = None
     values: dict[Branch, dict[int, torch.Tensor]] = field(default_factory=dict)
     received: dict[int, torch.Tensor] = field(default_factory=dict)
     influence: dict[int, float] = field(default_factory=dict)
@@ -99,6 +103,8 @@ def record(
             "is the scheduler of this pipeline somewhere else, or does it step copies of it?"
         )
     run.timesteps = tuple(float(t) for t in watch.scheduler.timesteps[recorder.start :][: run.num_steps])
+    levels = noise_levels(watch.scheduler, recorder.start)
+    run.sigmas = levels and levels[: run.num_steps + 1]
     return run
 
 
