@@ -5,14 +5,18 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from .denoisers import find_denoisers, identify
 from .errors import CacheStateError, ScheduleMismatchError
 from .schedule import Schedule, Term
+from .schedulers import Plans
 from .watch import Branch, Call, Grid, Moved, Watch
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 
 @dataclass
@@ -40,8 +44,12 @@ class Stats:
     peak_cached_bytes: int = 0
 
 
-def enable(pipeline: Any, schedule: Schedule) -> None:
+def enable(pipeline: Any, schedule: "Schedule | Calibration", **planning: Any) -> None:
     """Makes every following call of the pipeline follow the schedule, until `disable`.
+
+    Given a calibration instead, every call follows a schedule planned for its own noise levels, whatever its number of
+    steps, shift or resolution: planned when such a call first comes, and remembered. `planning` are arguments of
+    `Calibration.plan`, for example `num_key_steps` (a call with no more steps is computed in full) or `speedup`.
 
     A loop that begins at a later step of the schedule's grid, like image-to-image with a strength, follows what is left
     of the schedule (see `Schedule.from_step`). So does, within a loop, a branch whose cached values fit no longer: it
@@ -52,9 +60,18 @@ def enable(pipeline: Any, schedule: Schedule) -> None:
         CacheStateError: it is enabled already.
         ScheduleMismatchError: the schedule was made for another model.
         UnsupportedPipelineError: the pipeline cannot be followed, or not at the schedule's boundary.
+        CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan`. A call whose noise levels are beyond
+            those of the calibration raises GridError, after its first step.
+        TypeError: arguments to plan with were given with a schedule.
     """
     require_disabled(pipeline)
-    cache = Cache(schedule)
+    plans = None
+    if not isinstance(schedule, Schedule):
+        plans = Plans(schedule, planning)
+        schedule = plans.own
+    elif planning:
+        raise TypeError(f"a schedule is planned already: {', '.join(planning)} can be given with a calibration only.")
+    cache = Cache(schedule, plans)
     identity = identify(find_denoisers(pipeline))
     if schedule.model is not None and not schedule.model.admits(identity):
         raise ScheduleMismatchError(
@@ -80,9 +97,9 @@ def disable(pipeline: Any) -> None:
 
 
 @contextmanager
-def enabled(pipeline: Any, schedule: Schedule) -> Iterator[Any]:
+def enabled(pipeline: Any, schedule: "Schedule | Calibration", **planning: Any) -> Iterator[Any]:
     """`enable` on entering, `disable` on leaving, also after an exception. Yields the pipeline."""
-    enable(pipeline, schedule)
+    enable(pipeline, schedule, **planning)
     try:
         yield pipeline
     finally:
@@ -138,8 +155,8 @@ class _Ring:
 class Cache:
     """Follows a schedule on one pipeline: the observer behind `enable`."""
 
-    def __init__(self, schedule: Schedule) -> None:
-        self.schedule = schedule
+    def __init__(self, schedule: Schedule, plans: Plans | None = None) -> None:
+        self.schedule, self._plans = schedule, plans
         self.watch: Watch | None = None
         self._rings: dict[Branch, _Ring] = {}
         #: From which step of the loop on -> what is left of the schedule; empty where it does not cover the loop.
@@ -156,6 +173,9 @@ class Cache:
         self._stats.generations += 1
 
     def located(self, grid: Grid) -> None:
+        if self._plans is not None:
+            assert self.watch is not None
+            self.schedule = self._plans.schedule(self.watch.scheduler, grid.start)
         expected = self.schedule.num_inference_steps
         if grid.num_steps == expected:
             self._left[0] = self.schedule
