@@ -22,12 +22,13 @@ the highest PSNR on the inputs of the search. These are calibration inputs, with
 
 - **full calls**: how often the last transformer block really ran for an output, counted by a plain torch hook inside
   it. What a method runs besides (the first block, the head) does not count, but takes time.
-- **PSNR, SSIM**: of decoded outputs against the full run, in float. **5 %**: the 5th percentile of the PSNR.
+- **PSNR, SSIM**: of decoded outputs against the full run, in float. **5 %**: the 5th percentile.
 - **converged**: PSNR of final latents, mean over {converged_inputs} inputs, against the same pipeline with eight or
   more times the steps (the peak is the range of those latents). The full run is itself no more than one approximation
   of that solution, and fewer steps, which know nothing of the full run, can be nearer to it than to the full run.
 - **time**: of the sampling loop, as a share of the full run's. It is processor time on one thread, so that other work
-  on the machine does not blur it. In models this small what surrounds the blocks weighs much more than in large ones.
+  on the machine does not blur it, and beside it wall time. In models this small what surrounds the blocks weighs much
+  more than in large ones.
 - Methods that decide from the values at hand (FirstBlockCache, DBCache) run one input a call, since a batch decides
   together; their times are compared with a full run of one input a call. All others run in batches of 16. Where the
   count varies between inputs, the range is given.
@@ -78,13 +79,15 @@ def _table(rows: Sequence[Row]) -> str:
             f"{row['psnr_mean']:.1f}",
             f"{row['psnr_p5']:.1f}",
             f"{row['ssim_mean']:.4f}",
+            f"{row['ssim_p5']:.4f}",
             f"{row['latent_psnr_mean']:.1f}",
             f"{row['cpu_time']:.2f}",
+            f"{row['wall_time']:.2f}",
             _told(row["setting"]),
         ]
         for row in sorted(rows, key=lambda row: -row["psnr_mean"])
     ]
-    head = ["method", "full calls", "PSNR, dB", "5 %", "SSIM", "converged, dB", "time", "setting"]
+    head = ["method", "full calls", "PSNR, dB", "5 %", "SSIM", "5 %", "converged, dB", "time", "wall", "setting"]
     return table(head, body)
 
 
