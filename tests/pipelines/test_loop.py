@@ -14,7 +14,9 @@ from dpcache import boundary as boundary_module
 from dpcache import sums
 from dpcache.denoisers import BLOCK_STACKS, find_feeders
 from dpcache.packing import take_apart
-from dpcache.watch import _position
+from dpcache.recording import _Recorder
+from dpcache.schedule import Boundary
+from dpcache.watch import Watch, _position
 from tests.pipelines.every import SMALL
 from tests.pipelines.test_table import Spy, Subject, same
 
@@ -71,6 +73,18 @@ def test_nothing_of_ours_waits_for_the_device(name: str, boundary: str, offload:
             assert same(watched.draw(), expected)
         assert dpcache.stats(watched.pipe).predicted_calls
     assert mode.operations
+
+
+@pytest.mark.parametrize(("name", "boundary"), LOOPS)
+def test_recording_does_not_wait_either(name: str, boundary: Boundary) -> None:
+    recorded = subject(name, boundary)
+    recorder = _Recorder(lambda step: None)
+    watch = Watch(recorded.pipe, boundary, recorder)
+    with NoWaiting() as mode:
+        assert same(recorded.draw(), recorded.plain)
+    watch.close()
+    recorder.finish()
+    assert mode.operations and len(recorder.run.influence) == recorder.run.num_steps
 
 
 def test_waiting_would_be_noticed() -> None:
