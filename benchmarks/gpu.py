@@ -93,7 +93,7 @@ def loops(subject: Subject, *, compiled: bool, seconds: float = PART_SECONDS) ->
     if last:
         results = timing.one_round(pipe, arguments, steps, device, last, 0)
         rounds = [results_of_round | results for results_of_round in rounds]
-    found: Row = {"rounds": len(rounds), "table": timing.summed_up(rounds, steps)}
+    found: Row = {"rounds": len(rounds), "table": timing.summed_up(rounds)}
     found["full_step"] = timing.median(timing.median(r["full"]["steps"]) for r in rounds)
     return found
 

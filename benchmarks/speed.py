@@ -32,6 +32,7 @@ from benchmarks.timing import Row, median
 from dpcache.denoisers import BLOCK_STACKS, Layout
 from dpcache.planner import plan_all
 from dpcache.predictors import taylor_coefficients
+from dpcache.sums import weighted_sum
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "speed.json"
@@ -59,7 +60,7 @@ def loops(found: Row, rounds: int, size: str, steps: int = STEPS, budgets: tuple
     while len(found["rounds"]) < rounds:
         results = timing.one_round(pipe, arguments, steps, "cpu", compared, len(found["rounds"]), other)
         found["rounds"].append(results)
-        found["table"] = timing.summed_up(found["rounds"], steps)
+        found["table"] = timing.summed_up(found["rounds"])
         found["full_step"] = median(median(r["full"]["steps"]) for r in found["rounds"])
         yield_part("loops", found)
     return found
@@ -112,6 +113,34 @@ def _skipped_step(pipe: Any, arguments: Row, steps: int) -> Row:
     result = {name: 1e3 * median(taken[3:]) for name, taken in seconds.items()}
     all_of_it = 1e3 * median(timing.skipped(whole))
     return {"all": all_of_it, **result, "rest": all_of_it - sum(result.values())}
+
+
+def sums(found: Row, rounds: int, size: str) -> Row:
+    """Milliseconds of a prediction from three values of FLUX.1-dev at 1024 x 1024: in pieces, and as whole tensors."""
+    count = 4096 * 3072 if size == "cpu" else 10_000
+    coefficients, cpu = [0.31, -1.7, 2.39], torch.device("cpu")
+    result: Row = {"elements": count}
+    for dtype in (torch.float32, torch.bfloat16):
+        values = [torch.randn(count).to(dtype) for _ in range(3)]
+        ways: dict[str, Callable[[], torch.Tensor]] = {
+            "pieces": lambda values=values: weighted_sum(values, coefficients, cpu),  # type: ignore[misc]
+            "whole": lambda values=values: _whole_sum(values, coefficients),  # type: ignore[misc]
+        }
+        taken: dict[str, list[float]] = {name: [] for name in ways}
+        for _ in range(5 * rounds):
+            for name, way in ways.items():
+                start = time.process_time()
+                way()
+                taken[name].append(time.process_time() - start)
+        result[str(dtype).removeprefix("torch.")] = {name: 1e3 * median(times) for name, times in taken.items()}
+    return result
+
+
+def _whole_sum(values: list[torch.Tensor], coefficients: list[float]) -> torch.Tensor:
+    total = values[0].to(torch.float32) * coefficients[0]
+    for value, coefficient in zip(values[1:], coefficients[1:], strict=True):
+        total.add_(value, alpha=coefficient)
+    return total.to(values[0].dtype)
 
 
 # --------------------------------------------------------------------------------------------------------- calibration
@@ -224,6 +253,7 @@ def startup(found: Row, rounds: int, size: str) -> Row:
 PARTS: dict[str, Callable[..., Row]] = {
     "loops": loops,
     "profile": profile,
+    "sums": sums,
     "calibration": calibration,
     "paper_cost": papers_cost,
     "planner": planner,

@@ -166,7 +166,7 @@ def one_round(
     return {name: results[name] for name in compared}
 
 
-def summed_up(rounds: Sequence[dict[str, Row]], steps: int) -> list[Row]:
+def summed_up(rounds: Sequence[dict[str, Row]]) -> list[Row]:
     """Medians over rounds: of loops, of their ratios to the full loop of the same round, and of skipped steps."""
     rows = []
     for name in rounds[0]:
@@ -190,17 +190,20 @@ def summed_up(rounds: Sequence[dict[str, Row]], steps: int) -> list[Row]:
         for boundary in BOUNDARIES:
             own = f"dpcache {boundary}, {budget}"
             if own in rounds[0] and not row["way"].startswith("dpcache") and "error" not in row:
-                ratios = (r[own]["loop"] / r[row["way"]]["loop"] for r in rounds)
-                row[f"dpcache_{boundary}_to_this"] = median(ratios)
+                runs = [(r["full"], r[own], r[row["way"]]) for r in rounds]
+                row[f"dpcache_{boundary}_to_this"] = median(mine["loop"] / this["loop"] for _, mine, this in runs)
+                row[f"dpcache_{boundary}_to_this_of_steps"] = median(
+                    _of_steps(full["steps"], this["steps"]) / _of_steps(full["steps"], mine["steps"])
+                    for full, mine, this in runs
+                )
     return rows
 
 
 def _of_steps(full: Sequence[float], cached: Sequence[float]) -> float:
-    """Efficiency of loops of the same steps, if all full steps took the same: their median over both loops."""
+    """Efficiency of the cached loop, had every full step taken the median of the full loop."""
     quick = skipped(cached)
-    one = median([*full, *(s for s in cached if s >= max(cached) / 2)])
-    key_steps = len(cached) - len(quick)
-    return key_steps * one / (key_steps * one + sum(quick))
+    key_steps = (len(cached) - len(quick)) * median(full)
+    return key_steps / (key_steps + sum(quick))
 
 
 def skipped(seconds: Sequence[float]) -> list[float]:

@@ -31,7 +31,7 @@ def weighted_sum(values: Sequence[torch.Tensor], coefficients: Sequence[float], 
     piece = _PIECE.get(device.type, _PIECE_ELSEWHERE)
     for start in range(0, len(whole), piece):
         into = whole[start : start + piece]
-        first, *others = (value[start : start + piece].to(device, non_blocking=True) for value in flat)
+        first, *others = (value[start : start + piece].to(device, non_blocking=device.type == "cuda") for value in flat)
         total = into if wide == like.dtype else torch.empty(into.shape, dtype=wide, device=device)
         torch.mul(first.to(wide), coefficients[0], out=total)
         for coefficient, other in zip(coefficients[1:], others, strict=True):
@@ -48,4 +48,4 @@ def keep(value: torch.Tensor, *, offload: bool) -> torch.Tensor:
     """
     pinned = offload and value.is_cuda
     copy = torch.empty(value.shape, dtype=value.dtype, device="cpu" if offload else value.device, pin_memory=pinned)
-    return copy.copy_(value.detach(), non_blocking=True)
+    return copy.copy_(value.detach(), non_blocking=pinned)
