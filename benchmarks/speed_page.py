@@ -60,8 +60,8 @@ def _loops(found: Row) -> Iterable[str]:
         ours, theirs = _key_steps(found["rounds"], "dpcache"), _key_steps(found["rounds"], "TaylorSeer")
         yield (
             f"Missed as the loops fell out: {told}. There the key steps took longer than the steps of the full loop, "
-            f"{min(ours):.2f} to {max(ours):.2f} times as long over all rounds (those of TaylorSeer {min(theirs):.2f} to "
-            f"{max(theirs):.2f} times): more than the skipped steps add, and not explained yet beyond the load on the "
+            f"{min(ours):.2f} to {max(ours):.2f} times as long over all rounds (those of TaylorSeer "
+            f"{min(theirs):.2f} to {max(theirs):.2f} times): more than the skipped steps add, and not explained yet beyond the load on the "
             "machine.\n"
         )
     yield (
