@@ -61,8 +61,8 @@ def _loops(found: Row) -> Iterable[str]:
         yield (
             f"Missed as the loops fell out: {told}. There the key steps took longer than the steps of the full loop, "
             f"{min(ours):.2f} to {max(ours):.2f} times as long over all rounds (those of TaylorSeer "
-            f"{min(theirs):.2f} to {max(theirs):.2f} times): more than the skipped steps add, and not explained yet beyond the load on the "
-            "machine.\n"
+            f"{min(theirs):.2f} to {max(theirs):.2f} times): more than the skipped steps add, and not explained yet "
+            "beyond the load on the machine.\n"
         )
     yield (
         "### Against peers\n\nTime of this library's loop over the peer's at equal full calls; the target is at most "
@@ -216,6 +216,7 @@ def growth(rows: list[Row], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "dpcache"  # the same file from the same figures
     from matplotlib import pyplot
 
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3.2), layout="constrained")
