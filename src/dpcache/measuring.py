@@ -119,7 +119,7 @@ def _measured(
     """The calibration of one input."""
     run = record(pipeline, seeded(pipeline, call, seed), boundary=boundary, on_step=lambda _: on_step())
     steps = run.num_steps
-    costs = _paper_costs(run, order)
+    costs = _paper_costs(run, order, _device(pipeline))
     gram = run.gram()
     influence = np.array([run.influence[t] for t in range(steps)]) if gram is not None else np.empty(0)
     empty = np.empty((0, steps))
@@ -208,9 +208,15 @@ def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | No
         return None
 
 
-def _paper_costs(run: RecordedRun, order: int) -> list[CostTensor]:
-    """The paper's cost tensor of every branch."""
-    costs = [paper_cost(values, order) for values in run.complete_branches()]
+def _device(pipeline: Any) -> Any:
+    """Where the pipeline computes: its weights may be elsewhere, with offloading."""
+    found = getattr(pipeline, "_execution_device", None)
+    return found if found is not None else next(find_denoisers(pipeline)[0].parameters()).device
+
+
+def _paper_costs(run: RecordedRun, order: int, device: Any) -> list[CostTensor]:
+    """The paper's cost tensor of every branch, computed where the pipeline runs."""
+    costs = [paper_cost(values, order, device=device) for values in run.complete_branches()]
     if not costs:
         raise CalibrationError(
             f"no denoiser call was made at every one of the {run.num_steps} steps, so there is no whole trajectory to "
