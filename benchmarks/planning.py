@@ -29,7 +29,6 @@ FINE = (100, 200)
 FINE_BUDGETS = (13, 20)
 CONVERGED = 1000
 """Steps of the solution that stands for the exact one: all that DDIM has."""
-CONVERGED_INPUTS = 64
 EXPECTED = (7, 9, 11, 13, 16, 20)
 """K at which the expected error is compared with the measured one."""
 
@@ -54,7 +53,7 @@ RECIPES = {
 class Planned(Subject):
     """A bundled model whose latents are compared as well."""
 
-    def latents(self, steps: int, schedule: dpcache.Schedule | None = None, count: int = CONVERGED_INPUTS) -> Pictures:
+    def latents(self, steps: int, schedule: dpcache.Schedule | None = None, count: int | None = None) -> Pictures:
         """[inputs, D]: final latents of the first held-out inputs."""
         rows: list[Any] = []
         for arguments in self.batches(self.inputs[:count], steps, 16):
@@ -122,9 +121,9 @@ def calibration_sets(subject: Planned, full: Pictures) -> list[Row]:
     return rows
 
 
-def fine_grids(subject: Planned) -> list[Row]:
+def fine_grids(subject: Planned, count: int) -> list[Row]:
     """Few full calls on finer grids, against a converged solution of the same equation."""
-    exact = subject.latents(CONVERGED)
+    exact = subject.latents(CONVERGED, None, count)
     rows: list[Row] = []
     for steps in (STEPS, *FINE):
         calibration = subject.calibrated(subject.model.calibration_inputs(5), steps)
@@ -134,9 +133,11 @@ def fine_grids(subject: Planned) -> list[Row]:
                 "selected, not tuned": subject.selected(calibration, k, tune=0, num_trials=4, **subject.given),
             }
             for way, schedule in ways.items():
-                found = _decibels(exact, subject.latents(steps, schedule))
+                found = _decibels(exact, subject.latents(steps, schedule, count))
                 rows.append({"steps": steps, "k": k, "way": way, "key_steps": schedule.key_steps, "psnr": found})
-        rows.append({"steps": steps, "k": steps, "way": "full", "psnr": _decibels(exact, subject.latents(steps))})
+        rows.append(
+            {"steps": steps, "k": steps, "way": "full", "psnr": _decibels(exact, subject.latents(steps, None, count))}
+        )
     return rows
 
 
@@ -150,7 +151,7 @@ def _means(found: Row) -> Row:
     return {name: found[name] for name in ("psnr_mean", "psnr_p5")}
 
 
-def measure(model: str, num_inputs: int) -> Row:
+def measure(model: str, num_inputs: int, converged_inputs: int) -> Row:
     subject = Planned(model, num_inputs)
     calibration = subject.calibrated(subject.model.calibration_inputs(CALIBRATED))
     full, _ = subject.draw()
@@ -160,7 +161,8 @@ def measure(model: str, num_inputs: int) -> Row:
         "recipes": recipes(subject, calibration, full),
         "expected": expected_errors(subject, calibration),
         "sets": calibration_sets(subject, full),
-        "grids": fine_grids(subject),
+        "converged_inputs": min(converged_inputs, num_inputs),
+        "grids": fine_grids(subject, converged_inputs),
     }
     subject.bar.close()
     return result
@@ -203,7 +205,9 @@ def page(results: Sequence[Row]) -> str:
     parts += [
         "## Finer grids\n",
         f"Skipped steps cost next to nothing, so the grid may be finer. PSNR of final latents, dB, against {CONVERGED} "
-        "steps of the same sampler, mean over the held-out inputs; calibrated on five inputs.\n",
+        "steps of the same sampler, mean over held-out inputs ("
+        + ", ".join(f"{r.get('converged_inputs', r['inputs'])} of `{r['model']}`" for r in results)
+        + "); calibrated on five inputs.\n",
     ]
     keys = [(row["steps"], row["k"], row["way"]) for row in results[0]["grids"]]
     body = [
@@ -248,6 +252,7 @@ def main() -> None:
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(BUNDLED)} (default: all)")
     parser.add_argument("--inputs", type=int, default=64, help="held-out inputs (default 64)")
+    parser.add_argument("--converged-inputs", type=int, default=64, help="of them, for the finer grids (default 64)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args()
@@ -255,7 +260,7 @@ def main() -> None:
         parser.error(f"no bundled model named {', '.join(sorted(unknown))}; there are {', '.join(BUNDLED)}")
     options.out.mkdir(parents=True, exist_ok=True)
     for model in () if options.page_only else options.models or BUNDLED:
-        result = json.loads(json.dumps(measure(model, options.inputs), default=_plain))
+        result = json.loads(json.dumps(measure(model, options.inputs, options.converged_inputs), default=_plain))
         (options.out / f"planning_{model}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n")
     paths = [options.out / f"planning_{model}.json" for model in BUNDLED]
     found = [json.loads(path.read_text()) for path in paths if path.exists()]

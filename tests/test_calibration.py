@@ -1,6 +1,8 @@
 """Calibrating, planning and comparing on the trained tiny-flux."""
 
 import re
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import dpcache
 from dpcache.metrics import psnr
 from dpcache.recording import record
+from dpcache.trials import Trial
 from dpcache.zoo import BUNDLED
 from tests.conftest import PROMPT, QUICK, STEPS
 
@@ -147,9 +150,43 @@ def test_compare_counts_and_measures(flux):
 
 def test_readme_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # The same search with a few trials: it is the snippet that is tested here.
+    monkeypatch.setattr(dpcache, "optimize", partial(dpcache.optimize, num_trials=1, tune=1))
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), names)
     assert names["image"].size == (32, 32)
     assert names["schedule"].num_key_steps == 13
+
+
+def test_merged_from_single_inputs(flux):
+    """Inputs may be measured apart, on several machines for instance: the whole is the same, bit for bit."""
+    whole = dpcache.calibrate(flux, PROMPTS, seed=3, progress=False, **QUICK)
+    parts = [dpcache.calibrate(flux, [text], seed=3 + n, progress=False, **QUICK) for n, text in enumerate(PROMPTS)]
+    merged = dpcache.Calibration.merged(parts)
+    assert merged.facts == whole.facts
+    for name in ("paper_cost", "gram", "value_gram", "influence"):
+        np.testing.assert_array_equal(getattr(merged, name), getattr(whole, name))
+    other = dpcache.calibrate(flux, PROMPTS[:1], boundary="output", progress=False, **QUICK)
+    with pytest.raises(dpcache.CalibrationError, match="calibration 1 was made with another"):
+        dpcache.Calibration.merged([parts[0], other])
+    with pytest.raises(dpcache.CalibrationError, match="no calibrations"):
+        dpcache.Calibration.merged([])
+
+
+def test_as_few_key_steps_as_an_error_allows(flux):
+    calibration = dpcache.calibrate(flux, PROMPTS, sensitivity="measured", progress=False, **QUICK)
+    expected = {k: calibration.plan(k).expected_error for k in range(1, STEPS)}
+    assert all(b < a for a, b in pairwise(expected.values()))
+    for k in (3, 5, 8):
+        assert calibration.plan(max_error=expected[k] * 1.001).num_key_steps == k
+    assert calibration.plan(max_error=1e-20).num_key_steps == STEPS
+    with pytest.raises(ValueError, match="above 0"):
+        calibration.plan(max_error=0.0)
+    # What is expected of plans that were not tried, against what they do to inputs that were not seen.
+    for k in (4, 7):
+        trial = Trial(flux, {"prompt": "a small green diamond on a white background, left", **QUICK})
+        trial.arguments |= {"output_type": "latent", "generator": torch.Generator().manual_seed(77)}
+        trial.run_in_full()
+        assert expected[k] / 4 < trial.error(calibration.plan(k)) < expected[k] * 4
