@@ -28,15 +28,16 @@ the highest PSNR on the inputs of the search. These are calibration inputs, with
   more times the steps (the peak is the range of those latents). The full run is itself no more than one approximation
   of that solution, and fewer steps, which know nothing of the full run, can be nearer to it than to the full run.
 - **time**: of the sampling loop, as a share of the full run's. It is processor time on one thread, so that other work
-  on the machine does not blur it; wall time beside it is worth as much as the machine was idle. In models this small what surrounds the blocks weighs much
-  more than in large ones.
+  on the machine does not blur it; wall time beside it is worth as much as the machine was idle. In models this small
+  what surrounds the blocks weighs much more than in large ones.
 - Methods that decide from the values at hand (FirstBlockCache, DBCache) run one input a call, since a batch decides
   together; their times are compared with a full run of one input a call. All others run in batches of 16. Where the
   count varies between inputs, the range is given.
 - TaylorSeer of diffusers is its lite mode (whole blocks are skipped) with factors in float32; its default keeps them
   in bfloat16. DBCache is F1 B0: one block runs at skipped steps.
-- dpcache is given {inputs} calibration inputs: it calibrates and tunes on {calibrated} of them and judges its candidates on
-  the others ("default", `optimize`'s way), or plans from the calibration alone ("one plan", "the paper's plan").
+- dpcache is given {inputs} calibration inputs: it calibrates and tunes on {calibrated} of them and judges its
+  candidates on the others ("default", `optimize`'s way), or plans from the calibration alone ("one plan", "the paper's
+  plan").
 - "dpcache's key steps as mask" gives the schedule that was selected here to cache-dit, which predicts by itself.
 """
 
@@ -47,7 +48,8 @@ def write(directory: Path, order: Iterable[str]) -> Path:
     parts = [_about(results[0])] if results else []
     for result in results:
         parts.append(_section(result))
-        plot(result).savefig(directory / f"peers_{result['model']}.svg", metadata={"Date": None})
+        with matplotlib.rc_context({"svg.hashsalt": "dpcache"}):  # the same figures, the same file
+            plot(result).savefig(directory / f"peers_{result['model']}.svg", metadata={"Date": None})
     path = directory / "peers.md"
     path.write_text("\n".join(parts))
     return path
@@ -132,7 +134,7 @@ def plot(result: Row) -> Any:
         if "cannot_run" not in row and row["k"] != result["steps"]:
             methods.setdefault(row["method"], []).append(row)
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    with matplotlib.rc_context({"svg.hashsalt": "dpcache", "font.size": 9}):
+    with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.add_subplot()
         for number, (method, rows) in enumerate(methods.items()):
