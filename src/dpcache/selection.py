@@ -222,7 +222,7 @@ def select(
         )
         finalists = search.halved(candidates)
         finalists = [search.polished(finalists[0], polish), *finalists[1:]]
-        if tune and calibration.gram.size:
+        if tune:
             finalists = [search.tuned(finalist) for finalist in finalists]
         best = min(finalists, key=_Candidate.average)
         for _ in range(tune - 1):
