@@ -135,13 +135,19 @@ def schedule_cost(
     steps = len(weights)
     total = 0.0
     for key, after in pairwise([*schedule.key_steps, steps]):
-        error = np.zeros(steps)  # of the hop, as multiples of what is received at every step
-        for step in range(key + 1, after):
-            error[step] += weights[step]
-            for term in schedule.predictions[step]:
-                error[term.key_step] -= weights[step] * term.coefficient
+        error = hop_error(weights, schedule, key, after)
         total += float((np.maximum(error @ gram @ error, 0) ** (power / 2)).mean())
     return total
+
+
+def hop_error(weights: npt.NDArray[np.float64], schedule: Schedule, key: int, after: int) -> npt.NDArray[np.float64]:
+    """float64 [T]: the error of the hop between two key steps, as multiples of what is received at every step."""
+    error = np.zeros(len(weights))
+    for step in range(key + 1, after):
+        error[step] += weights[step]
+        for term in schedule.predictions[step]:
+            error[term.key_step] -= weights[step] * term.coefficient
+    return error
 
 
 def step_influence(received: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
