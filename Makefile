@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench bench-speed clean
 
 demo: .venv/installed  ## calibrate tiny-flux, plan, generate in full and cached, write report.html
 	$(BIN)/dpcache demo
@@ -26,6 +26,9 @@ check: .venv/installed  ## style and types
 
 bench: .venv/installed  ## the comparison with peers on every bundled model: benchmarks/results/peers.md
 	$(BIN)/python -m benchmarks.peers
+
+bench-speed: .venv/installed  ## how fast: docs/performance.md; about 12 minutes, may be cut short and gone on with
+	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed
 
 clean:
 	rm -rf .venv .mypy_cache .ruff_cache .pytest_cache

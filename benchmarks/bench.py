@@ -16,8 +16,9 @@ from dpcache.denoisers import find_blocks, find_denoisers
 from dpcache.metrics import psnr
 from dpcache.zoo import Inputs
 
-CALIBRATION_INPUTS = 5
-SEARCH_INPUTS = 4
+INPUTS, CALIBRATED = 16, 10
+"""Inputs that this library is given, and how many of them it calibrates and tunes on; it judges on the others."""
+SEARCH_INPUTS = 8
 SEARCH_SEED = 2_000_000
 """Settings are searched on inputs of the calibration, from noise that nothing else is drawn from."""
 FINER = 8
@@ -152,7 +153,7 @@ class Bench(Subject):
     def calibration(self) -> dpcache.Calibration:
         return dpcache.calibrate(
             self.pipe,
-            self.model.calibration_inputs(CALIBRATION_INPUTS),
+            self.model.calibration_inputs(CALIBRATED),
             num_inference_steps=self.steps,
             sensitivity="measured",
             progress=False,
@@ -162,7 +163,16 @@ class Bench(Subject):
     def selected(self, k: int) -> dpcache.Schedule:
         """What this library does when nothing is asked of it."""
         if ("selected", k) not in self.tried:
-            self.tried["selected", k] = dpcache.select(self.pipe, self.calibration, k, progress=False)
+            inputs = self.model.calibration_inputs(INPUTS)
+            self.tried["selected", k] = dpcache.select(
+                self.pipe,
+                self.calibration,
+                k,
+                inputs=inputs[CALIBRATED:],
+                fitting_inputs=inputs[:CALIBRATED],
+                progress=False,
+                **self.model.call_defaults,
+            )
         return self.tried["selected", k]  # type: ignore[no-any-return]
 
     def left_behind(self) -> str:

@@ -90,6 +90,11 @@ def selected(bench: Bench, k: int) -> Setting:
     return scheduled(bench.selected(k))
 
 
+def planned(bench: Bench, k: int) -> Setting:
+    """One plan, as it comes from the calibration: nothing is run to choose or tune it."""
+    return scheduled(bench.calibration.plan(k))
+
+
 def papers_plan(bench: Bench, k: int) -> Setting:
     return scheduled(bench.calibration.plan(k, method="paper"))
 
@@ -372,10 +377,11 @@ def masked(bench: Bench, mask: list[int], k: int) -> Setting:
     return best(bench, [_cache_dit_setting(bench, dict(told), order) for order in (1, 2)], k, batch=16)
 
 
-SELECTED = "dpcache, selected"
+SELECTED = "dpcache, default"
 FULL_NAME = "full"
 METHODS = (
     Method(SELECTED, selected),
+    Method("dpcache, one plan", planned),
     Method("dpcache, the paper's plan", papers_plan),
     Method("uniform interval, Taylor 2", uniform),
     Method("fewer steps", fewer_steps),

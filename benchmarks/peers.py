@@ -107,13 +107,15 @@ def _told(setting: Setting) -> Row:
 
 def _figures(bench: Bench, outcome: Outcome, batch: int, converged: Pictures) -> Row:
     pairs = list(zip(bench.full.pictures, outcome.pictures, strict=True))
+    similar = [ssim(a, b) for a, b in pairs]
     errors = ((outcome.latents[: len(converged)] - converged) ** 2).reshape(len(converged), -1).mean(axis=1)
     reference, of = (bench.full, bench.inputs) if batch > 1 else (bench.full_one_by_one, bench.search_inputs)
     return {
         "full_calls": bench.full_calls(outcome),
         "full_calls_range": [min(outcome.block_runs) / bench.branches, max(outcome.block_runs) / bench.branches],
         **scores(bench.full.pictures, outcome.pictures),
-        "ssim_mean": np.mean([ssim(a, b) for a, b in pairs]),
+        "ssim_mean": np.mean(similar),
+        "ssim_p5": np.percentile(similar, 5),
         "latent_psnr_mean": np.mean(-10 * np.log10(errors / np.ptp(converged) ** 2)),
         "cpu_time": outcome.cpu_seconds / len(bench.inputs) / (reference.cpu_seconds / len(of)),
         "wall_time": outcome.wall_seconds / len(bench.inputs) / (reference.wall_seconds / len(of)),

@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from benchmarks.bench import CALIBRATED, INPUTS
 from benchmarks.results import Row, table
 
 OURS = "dpcache"
@@ -22,17 +23,21 @@ the highest PSNR on the inputs of the search. These are calibration inputs, with
 
 - **full calls**: how often the last transformer block really ran for an output, counted by a plain torch hook inside
   it. What a method runs besides (the first block, the head) does not count, but takes time.
-- **PSNR, SSIM**: of decoded outputs against the full run, in float. **5 %**: the 5th percentile of the PSNR.
+- **PSNR, SSIM**: of decoded outputs against the full run, in float. **5 %**: the 5th percentile.
 - **converged**: PSNR of final latents, mean over {converged_inputs} inputs, against the same pipeline with eight or
   more times the steps (the peak is the range of those latents). The full run is itself no more than one approximation
   of that solution, and fewer steps, which know nothing of the full run, can be nearer to it than to the full run.
 - **time**: of the sampling loop, as a share of the full run's. It is processor time on one thread, so that other work
-  on the machine does not blur it. In models this small what surrounds the blocks weighs much more than in large ones.
+  on the machine does not blur it; wall time beside it is worth as much as the machine was idle. In models this small
+  what surrounds the blocks weighs much more than in large ones.
 - Methods that decide from the values at hand (FirstBlockCache, DBCache) run one input a call, since a batch decides
   together; their times are compared with a full run of one input a call. All others run in batches of 16. Where the
   count varies between inputs, the range is given.
 - TaylorSeer of diffusers is its lite mode (whole blocks are skipped) with factors in float32; its default keeps them
   in bfloat16. DBCache is F1 B0: one block runs at skipped steps.
+- dpcache is given {inputs} calibration inputs: it calibrates and tunes on {calibrated} of them and judges its
+  candidates on the others ("default", `optimize`'s way), or plans from the calibration alone ("one plan", "the paper's
+  plan").
 - "dpcache's key steps as mask" gives the schedule that was selected here to cache-dit, which predicts by itself.
 """
 
@@ -40,13 +45,18 @@ the highest PSNR on the inputs of the search. These are calibration inputs, with
 def write(directory: Path, order: Iterable[str]) -> Path:
     """The page and one plot a model, from the files of figures in the directory."""
     results = [json.loads(path.read_text()) for name in order if (path := directory / f"peers_{name}.json").exists()]
-    parts = [ABOUT.format(converged_inputs=results[0]["converged_inputs"])] if results else []
+    parts = [_about(results[0])] if results else []
     for result in results:
         parts.append(_section(result))
-        plot(result).savefig(directory / f"peers_{result['model']}.svg", metadata={"Date": None})
+        with matplotlib.rc_context({"svg.hashsalt": "dpcache"}):  # the same figures, the same file
+            plot(result).savefig(directory / f"peers_{result['model']}.svg", metadata={"Date": None})
     path = directory / "peers.md"
     path.write_text("\n".join(parts))
     return path
+
+
+def _about(result: Row) -> str:
+    return ABOUT.format(converged_inputs=result["converged_inputs"], inputs=INPUTS, calibrated=CALIBRATED)
 
 
 def _section(result: Row) -> str:
@@ -78,13 +88,15 @@ def _table(rows: Sequence[Row]) -> str:
             f"{row['psnr_mean']:.1f}",
             f"{row['psnr_p5']:.1f}",
             f"{row['ssim_mean']:.4f}",
+            f"{row['ssim_p5']:.4f}",
             f"{row['latent_psnr_mean']:.1f}",
             f"{row['cpu_time']:.2f}",
+            f"{row['wall_time']:.2f}",
             _told(row["setting"]),
         ]
         for row in sorted(rows, key=lambda row: -row["psnr_mean"])
     ]
-    head = ["method", "full calls", "PSNR, dB", "5 %", "SSIM", "converged, dB", "time", "setting"]
+    head = ["method", "full calls", "PSNR, dB", "5 %", "SSIM", "5 %", "converged, dB", "time", "wall", "setting"]
     return table(head, body)
 
 
@@ -122,7 +134,7 @@ def plot(result: Row) -> Any:
         if "cannot_run" not in row and row["k"] != result["steps"]:
             methods.setdefault(row["method"], []).append(row)
     colours = matplotlib.colormaps["tab20"].colors  # type: ignore[attr-defined]
-    with matplotlib.rc_context({"svg.hashsalt": "dpcache", "font.size": 9}):
+    with matplotlib.rc_context({"font.size": 9}):
         figure = Figure(figsize=(9, 5), layout="constrained")
         axes = figure.add_subplot()
         for number, (method, rows) in enumerate(methods.items()):

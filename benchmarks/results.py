@@ -113,12 +113,11 @@ def scores(full: Pictures, other: Pictures) -> Row:
 Schedules = dict[int, dpcache.Schedule]
 
 
-def fidelity(subject: Subject, calibration: dpcache.Calibration, selected: Schedules, full: Pictures) -> list[Row]:
-    """At every budget: what `select` chose, plans, even spacing, and the pipeline run with that many steps."""
+def fidelity(subject: Subject, calibration: dpcache.Calibration, full: Pictures) -> list[Row]:
+    """At every budget: single plans, even spacing, and the pipeline run with that many steps."""
     rows = []
     for budget in BUDGETS[subject.model.name]:
         ways = {
-            "selected": selected[budget],
             "planned": calibration.plan(budget),
             'planned, method="paper"': calibration.plan(budget, method="paper"),
             "uniform Taylor": dpcache.Schedule.uniform(budget, STEPS),
@@ -149,9 +148,9 @@ def calibration_size(subject: Subject, full: Pictures) -> list[Row]:
     return rows
 
 
-def diversity(subject: Subject, selected: Schedules, count: int) -> list[Row]:
+def diversity(subject: Subject, plans: Schedules, count: int) -> list[Row]:
     """Mean distance between every two outputs of one input: root mean square difference of values 0 to 1."""
-    schedules = {"full": None, **{f"K = {k}": schedule for k, schedule in selected.items()}}
+    schedules = {"full": None, **{f"K = {k}": schedule for k, schedule in plans.items()}}
     rows = []
     for name, schedule in schedules.items():
         flat = subject.draw_one_input(count, schedule).reshape(count, -1).astype(np.float64)
@@ -165,8 +164,8 @@ def diversity(subject: Subject, selected: Schedules, count: int) -> list[Row]:
 def measure(model: str, num_inputs: int) -> Row:
     """All figures of one model."""
     subject = Subject(model, num_inputs)
-    calibration = subject.calibrate(subject.model.calibration_inputs(5), sensitivity="measured")
-    selected = {k: dpcache.select(subject.pipe, calibration, k, progress=False) for k in BUDGETS[model]}
+    calibration = subject.calibrate(subject.model.calibration_inputs(10), sensitivity="measured")
+    plans = {k: calibration.plan(k) for k in BUDGETS[model]}
     full, _ = subject.draw()
     result = {
         "model": model,
@@ -174,9 +173,9 @@ def measure(model: str, num_inputs: int) -> Row:
         "inputs": num_inputs,
         "versions": {name: version(name) for name in ("torch", "diffusers")},
         "machine": f"{platform.machine()}, {torch.get_num_threads()} threads, float32 on the CPU",
-        "fidelity": fidelity(subject, calibration, selected, full),
+        "fidelity": fidelity(subject, calibration, full),
         "calibration": calibration_size(subject, full),
-        "diversity": diversity(subject, selected, min(32, num_inputs)),
+        "diversity": diversity(subject, plans, min(32, num_inputs)),
         "memory": memory.measured(subject.pipe, subject.inputs[0], STEPS, dict(subject.model.call_defaults)),
     }
     subject.bar.close()
@@ -244,8 +243,9 @@ def page(results: Sequence[Row], sizes: Sequence[Row]) -> str:
     parts = [
         "# Results\n",
         "Made by `python -m benchmarks.results`; the figures behind it are in `benchmarks/results/`. T = 50 steps, "
-        "order 2, boundary `blocks`, 5 calibration inputs unless said otherwise. `selected` is the best of several "
-        "plans when run on those inputs (`dpcache.select`), `planned` a single one. PSNR is of decoded outputs "
+        "order 2, boundary `blocks`, 10 calibration inputs unless said otherwise. `planned` is a single plan, "
+        "`calibration.plan`; what selecting and tuning add is in [the comparison with peers]"
+        "(../benchmarks/results/peers.md). PSNR is of decoded outputs "
         "against the full run from the same noise, in float. Held-out inputs are captions that neither training "
         "nor calibration has seen; for `tiny-dit`, which has classes only, other seeds of the same classes.\n",
     ]

@@ -1,6 +1,8 @@
 """Calibrating, planning and comparing on the trained tiny-flux."""
 
 import re
+from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import torch
 import dpcache
 from dpcache.metrics import psnr
 from dpcache.recording import record
+from dpcache.trials import Trial
 from dpcache.zoo import BUNDLED
 from tests.conftest import PROMPT, QUICK, STEPS
 
@@ -147,9 +150,67 @@ def test_compare_counts_and_measures(flux):
 
 def test_readme_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
+    # The same search with a few trials: it is the snippet that is tested here.
+    monkeypatch.setattr(dpcache, "optimize", partial(dpcache.optimize, num_trials=1, tune=1))
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), names)
     assert names["image"].size == (32, 32)
     assert names["schedule"].num_key_steps == 13
+
+
+def test_merged_from_single_inputs(flux):
+    """Inputs may be measured apart, on several machines for instance: the whole is the same, bit for bit."""
+    whole = dpcache.calibrate(flux, PROMPTS, seed=3, progress=False, **QUICK)
+    parts = [dpcache.calibrate(flux, [text], seed=3 + n, progress=False, **QUICK) for n, text in enumerate(PROMPTS)]
+    merged = dpcache.Calibration.merged(parts)
+    assert merged.facts == whole.facts
+    for name in ("paper_cost", "gram", "value_gram", "influence"):
+        np.testing.assert_array_equal(getattr(merged, name), getattr(whole, name))
+    other = dpcache.calibrate(flux, PROMPTS[:1], boundary="output", progress=False, **QUICK)
+    with pytest.raises(dpcache.CalibrationError, match="calibration 1 was made with another"):
+        dpcache.Calibration.merged([parts[0], other])
+    with pytest.raises(dpcache.CalibrationError, match="no calibrations"):
+        dpcache.Calibration.merged([])
+
+
+def test_as_few_key_steps_as_an_error_allows(flux):
+    calibration = dpcache.calibrate(flux, PROMPTS, sensitivity="measured", progress=False, **QUICK)
+    expected = {k: calibration.plan(k).expected_error for k in range(1, STEPS)}
+    assert all(b < a for a, b in pairwise(expected.values()))
+    for k in (3, 5, 8):
+        assert calibration.plan(max_error=expected[k] * 1.001).num_key_steps == k
+    assert calibration.plan(max_error=1e-20).num_key_steps == STEPS
+    with pytest.raises(ValueError, match="above 0"):
+        calibration.plan(max_error=0.0)
+    # What is expected of plans that were not tried, against what they do to inputs that were not seen.
+    for k in (4, 7):
+        trial = Trial(flux, {"prompt": "a small green diamond on a white background, left", **QUICK})
+        trial.arguments |= {"output_type": "latent", "generator": torch.Generator().manual_seed(77)}
+        trial.run_in_full()
+        assert expected[k] / 4 < trial.error(calibration.plan(k)) < expected[k] * 4
+
+
+def test_inputs_shared_out_among_processes(flux, tmp_path):
+    """Two processes, three inputs: both end with the calibration that one process makes of them."""
+    prompts = [*PROMPTS, "a medium pink cross on a black background, top"]
+    torch.multiprocessing.spawn(calibrate_with_others, (2, prompts, tmp_path), nprocs=2)
+    alone = dpcache.calibrate(flux, prompts, sensitivity="measured", progress=False, **QUICK)
+    for rank in range(2):
+        together = dpcache.Calibration.load(tmp_path / f"{rank}.safetensors")
+        assert together.facts == alone.facts
+        for settings in ({}, {"method": "paper"}):
+            np.testing.assert_allclose(together.cost(**settings), alone.cost(**settings), rtol=1e-5, atol=1e-12)
+        np.testing.assert_allclose(together.tried_error, alone.tried_error, rtol=1e-2)
+    with pytest.raises(dpcache.CalibrationError, match="accelerate launch"):
+        dpcache.calibrate(flux, prompts, distribute=True, progress=False, **QUICK)
+
+
+def calibrate_with_others(rank: int, ranks: int, prompts: list[str], folder: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
+    pipe = dpcache.load_pipeline("tiny-flux", device="cpu")
+    more = {"sensitivity": "measured", "distribute": True, "progress": False, **QUICK}
+    dpcache.calibrate(pipe, prompts, **more).save(folder / f"{rank}.safetensors")
+    torch.distributed.destroy_process_group()

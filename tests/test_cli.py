@@ -54,9 +54,29 @@ def test_calibrate_plan_generate_compare_show(run):
     code, out, _ = run("show", "s.json")
     assert code == 0
     assert "5 of 12 steps in full" in out
-    code, out, _ = run("show", "c.safetensors")
+    code, out, _ = run("show", "c.safetensors", "-s", "s.json")
     assert code == 0
-    assert "FluxTransformer2DModel" in out and " ".join(map(str, schedule.key_steps)) in out
+    assert "FluxTransformer2DModel" in out and f"5 key steps: {' '.join(map(str, schedule.key_steps))}" in out
+    (chosen,) = [line for line in out.splitlines() if "→" in line]
+    assert " 5 " in chosen and "2.40" in chosen
+
+
+def test_measured_calibration_goes_on_and_tells_errors(run):
+    command = ("calibrate", "tiny-flux", RING, "-t", STEPS, "--sensitivity", "measured", "--checkpoint", "kept")
+    assert run(*command, "-o", "one.safetensors")[0] == 0
+    assert run(*command, "-o", "two.safetensors")[0] == 0
+    one, two = (dpcache.Calibration.load(f"{name}.safetensors") for name in ("one", "two"))
+    assert one.facts == two.facts
+    assert one.tried_error.tolist() == two.tried_error.tolist()
+    code, out, _ = run("plan", "one.safetensors", "--max-error", "0.02")
+    assert code == 0
+    assert "expected error" in out
+    code, out, _ = run("show", "one.safetensors", "-k", "3")
+    assert code == 0
+    assert "expected error" in out and "%" in out
+    code, _, err = run("plan", "one.safetensors", "--max-error", "0.02", "-k", "3")
+    assert code == 2
+    assert "give one of" in err
 
 
 def test_optimize(run):

@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpcache
+from dpcache import taylor_errors
 from dpcache.costs import sampler_cost, schedule_cost, step_influence
 from dpcache.predictors import Fitted, Taylor, chosen_ridge, taylor_coefficients
 
@@ -50,6 +51,14 @@ def test_cost_is_the_same_from_a_torch_tensor_in_half_precision():
     from_full = dpcache.paper_cost(features.to(torch.float64).numpy())
     finite = np.isfinite(from_full)
     np.testing.assert_allclose(from_half[finite], from_full[finite], rtol=1e-5)
+
+
+def test_cost_is_the_same_however_the_columns_are_divided(monkeypatch):
+    features = torch.randn(12, 700, dtype=torch.float64).cumsum(dim=0)
+    whole = dpcache.paper_cost(features)
+    monkeypatch.setattr(taylor_errors, "_COLUMNS", {"cpu": 64})
+    monkeypatch.setattr(taylor_errors, "_ERRORS", {"cpu": 128})
+    np.testing.assert_allclose(dpcache.paper_cost(features, device="cpu"), whole, rtol=1e-12)
 
 
 @pytest.mark.parametrize("power", [1.0, 2.0, 3.0])

@@ -89,8 +89,16 @@ def calibration() -> Calibration:
 def published(facts: Facts, cost: np.ndarray) -> Calibration:
     """A calibration of which only the paper's cost is known."""
     unseen = np.empty((0, STEPS, STEPS))
+    none = np.empty((0, STEPS))
     return Calibration(
-        facts=facts, paper_cost=cost, gram=unseen, value_gram=unseen, influence=np.zeros(STEPS), sensitivity=np.empty(0)
+        facts=facts,
+        paper_cost=cost,
+        gram=unseen,
+        value_gram=unseen,
+        influence=none,
+        probes=none,
+        tried=none,
+        tried_error=np.empty(0),
     )
 
 

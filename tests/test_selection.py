@@ -99,7 +99,8 @@ def test_an_interrupted_search_goes_on_and_ends_in_the_same(flux, tmp_path):
 
 
 def test_optimize_does_it_all(flux, tmp_path):
-    schedule = dpcache.optimize(flux, PROMPTS, num_key_steps=5, progress=False, **CALL)
+    quick = {"num_key_steps": 5, "num_trials": 2, "progress": False, **CALL}
+    schedule = dpcache.optimize(flux, PROMPTS, **quick)
     assert schedule.num_inference_steps == STEPS
     assert schedule.num_key_steps == 5
     schedule.save(tmp_path / "s.json")
@@ -107,7 +108,7 @@ def test_optimize_does_it_all(flux, tmp_path):
     with dpcache.enabled(flux, schedule):
         draw(flux)
         assert dpcache.stats(flux).computed_steps == schedule.key_steps
-    from_one = dpcache.optimize(flux, PROMPTS[0:1], num_key_steps=5, boundary="output", progress=False, **CALL)
+    from_one = dpcache.optimize(flux, PROMPTS[0:1], boundary="output", **quick)
     assert from_one.boundary == "output"
 
 
@@ -115,10 +116,9 @@ def test_the_calibration_knows_its_inputs(flux, calibration, tmp_path):
     calibration.save(tmp_path / "c.safetensors")
     loaded = dpcache.Calibration.load(tmp_path / "c.safetensors")
     assert [call["prompt"] for call in loaded.facts.calls] == PROMPTS[:2]
-    recipes = FEW[:2]
-    assert dpcache.select(flux, loaded, 5, recipes=recipes, progress=False) == dpcache.select(
-        flux, calibration, 5, inputs=PROMPTS[:2], recipes=recipes, progress=False, **CALL
-    )
+    quick = {"recipes": FEW[:2], "num_trials": 2, "tune": 1, "progress": False}
+    given = {"inputs": PROMPTS[:2], "fitting_inputs": PROMPTS[:2]}
+    assert dpcache.select(flux, loaded, 5, **quick) == dpcache.select(flux, calibration, 5, **given, **quick, **CALL)
     embeds, pooled, _ = flux.encode_prompt(PROMPT, max_sequence_length=24)
     tensors = [{"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}]
     unknown = dpcache.calibrate(flux, tensors, progress=False, **{**QUICK, "output_type": "latent"})

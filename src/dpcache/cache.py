@@ -13,6 +13,7 @@ from .denoisers import find_denoisers, identify
 from .errors import CacheStateError, ScheduleMismatchError
 from .schedule import Schedule, Term
 from .schedulers import Plans
+from .sums import keep, weighted_sum
 from .watch import Branch, Call, Grid, Moved, Watch
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ class Stats:
         full_calls: denoiser calls run in full, over all generations.
         predicted_calls: denoiser calls predicted, over all generations.
         cached_values: values held now.
-        cached_bytes: bytes they take.
+        cached_bytes: bytes they take, on the device or, offloaded, in host memory.
         peak_cached_bytes: the most bytes held at any time.
     """
 
@@ -44,7 +45,7 @@ class Stats:
     peak_cached_bytes: int = 0
 
 
-def enable(pipeline: Any, schedule: "Schedule | Calibration", **planning: Any) -> None:
+def enable(pipeline: Any, schedule: "Schedule | Calibration", *, offload: bool = False, **planning: Any) -> None:
     """Makes every following call of the pipeline follow the schedule, until `disable`.
 
     Given a calibration instead, every call follows a schedule planned for its own noise levels, whatever its number of
@@ -55,6 +56,13 @@ def enable(pipeline: Any, schedule: "Schedule | Calibration", **planning: Any) -
     of the schedule (see `Schedule.from_step`). So does, within a loop, a branch whose cached values fit no longer: it
     has another shape, or was not called for a while. A loop of any other number of steps is computed in full, with one
     warning.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        schedule: what to follow.
+        offload: keep the cached values in host memory (pinned, for a GPU) and bring them back a piece at a time. Takes
+            next to nothing of the device's memory, and at every skipped step the time to copy up to order + 1 values:
+            worth it for long videos, where a value takes hundreds of megabytes and a full step many seconds.
 
     Raises:
         CacheStateError: it is enabled already.
@@ -71,7 +79,7 @@ def enable(pipeline: Any, schedule: "Schedule | Calibration", **planning: Any) -
         schedule = plans.own
     elif planning:
         raise TypeError(f"a schedule is planned already: {', '.join(planning)} can be given with a calibration only.")
-    cache = Cache(schedule, plans)
+    cache = Cache(schedule, offload, plans)
     identity = identify(find_denoisers(pipeline))
     if schedule.model is not None and not schedule.model.admits(identity):
         raise ScheduleMismatchError(
@@ -97,9 +105,11 @@ def disable(pipeline: Any) -> None:
 
 
 @contextmanager
-def enabled(pipeline: Any, schedule: "Schedule | Calibration", **planning: Any) -> Iterator[Any]:
+def enabled(
+    pipeline: Any, schedule: "Schedule | Calibration", *, offload: bool = False, **planning: Any
+) -> Iterator[Any]:
     """`enable` on entering, `disable` on leaving, also after an exception. Yields the pipeline."""
-    enable(pipeline, schedule, **planning)
+    enable(pipeline, schedule, offload=offload, **planning)
     try:
         yield pipeline
     finally:
@@ -140,23 +150,23 @@ class _Ring:
     shape: tuple[Any, ...]
     start: int
     values: dict[int, torch.Tensor] = field(default_factory=dict)
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def keep(self, step: int, value: torch.Tensor, offload: bool) -> None:
+        # A copy: the block may hand out a view of something larger, or memory that it uses again.
+        self.values[step] = keep(value, offload=offload)
+        self.device = value.device
 
     def predict(self, terms: tuple[Term, ...]) -> torch.Tensor:
-        """The weighted sum of cached values: summed in float32 (float64 for float64 values), rounded once."""
-        first, *others = terms
-        value = self.values[first.key_step]
-        wide = torch.promote_types(value.dtype, torch.float32)
-        total = value.to(wide) * first.coefficient
-        for term in others:
-            total.add_(self.values[term.key_step], alpha=term.coefficient)
-        return total.to(value.dtype)
+        used = [self.values[term.key_step] for term in terms]
+        return weighted_sum(used, [term.coefficient for term in terms], self.device)
 
 
 class Cache:
     """Follows a schedule on one pipeline: the observer behind `enable`."""
 
-    def __init__(self, schedule: Schedule, plans: Plans | None = None) -> None:
-        self.schedule, self._plans = schedule, plans
+    def __init__(self, schedule: Schedule, offload: bool = False, plans: Plans | None = None) -> None:
+        self.schedule, self.offload, self._plans = schedule, offload, plans
         self.watch: Watch | None = None
         self._rings: dict[Branch, _Ring] = {}
         #: From which step of the loop on -> what is left of the schedule; empty where it does not cover the loop.
@@ -201,10 +211,9 @@ class Cache:
         self._computed.add(call.step)
         self._stats.full_calls += 1
         if self._wanted(call):
-            # A copy: the block may hand out a view of something larger, or memory that it uses again.
             ring = self._rings[call.branch]
-            ring.values[call.step - ring.start] = value.detach().clone(memory_format=torch.contiguous_format)
-            self._stats.peak_cached_bytes = max(self._stats.peak_cached_bytes, self.stats().cached_bytes)
+            ring.keep(call.step - ring.start, value, self.offload)
+            self._stats.peak_cached_bytes = max(self._stats.peak_cached_bytes, self._held_bytes())
         return output
 
     def _terms(self, call: Call) -> tuple[Term, ...] | None:
@@ -243,10 +252,12 @@ class Cache:
     def end(self) -> None:
         self._rings.clear()
 
+    def _held_bytes(self) -> int:
+        return sum(value.nbytes for ring in self._rings.values() for value in ring.values.values())
+
     def stats(self) -> Stats:
-        held = [value for ring in self._rings.values() for value in ring.values.values()]
-        self._stats.cached_values = len(held)
-        self._stats.cached_bytes = sum(value.numel() * value.element_size() for value in held)
+        self._stats.cached_values = sum(len(ring.values) for ring in self._rings.values())
+        self._stats.cached_bytes = self._held_bytes()
         self._stats.computed_steps = tuple(sorted(self._computed - self._predicted))
         self._stats.predicted_steps = tuple(sorted(self._predicted))
         return Stats(**vars(self._stats))

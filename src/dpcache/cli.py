@@ -1,6 +1,7 @@
 """The command line: parses, calls, prints."""
 
 import json
+import math
 import os
 import sys
 import time
@@ -35,6 +36,9 @@ Settings = Annotated[
 ]
 Steps = Annotated[int, typer.Option("--steps", "-t", min=1, help="T: steps of the sampling loop.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first input; the next ones count on.")]
+Checkpoint = Annotated[
+    Path | None, typer.Option(help="A directory that keeps what is measured: the same command goes on from there.")
+]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write.")]
 
 
@@ -78,6 +82,7 @@ def calibrate(
         Literal["sampler", "measured"], typer.Option(help="What an error does: by the sampler alone, or measured.")
     ] = "sampler",
     seed: Seed = 0,
+    checkpoint: Checkpoint = None,
     settings: Settings = None,
 ) -> None:
     """Runs a model in full on a few prompts and writes what skipping steps would cost. Five prompts are enough."""
@@ -93,6 +98,7 @@ def calibrate(
         order=order,
         sensitivity=sensitivity,
         seed=seed,
+        checkpoint=checkpoint,
         **arguments,
     )
     found.save(output)
@@ -109,14 +115,20 @@ def optimize(
     prompt_file: PromptFile = None,
     steps: Steps = 50,
     boundary: Annotated[Literal["blocks", "output"], typer.Option(help="What is cached and predicted.")] = "blocks",
-    polish: Annotated[int, typer.Option(min=0, help="Runs to spend on moving single key steps afterwards.")] = 0,
+    trials: Annotated[int, typer.Option(min=1, help="Runs to judge by, and as many to tune on.")] = 8,
+    tune: Annotated[int, typer.Option(min=0, help="Rounds of tuning the coefficients; 0: none.")] = 2,
+    polish: Annotated[int, typer.Option(min=0, help="Runs to spend on moving single key steps before tuning.")] = 0,
     seed: Seed = 0,
+    checkpoint: Checkpoint = None,
     settings: Settings = None,
 ) -> None:
-    """The best schedule in one go: calibrates, plans in several ways, runs the plans and keeps the best."""
+    """The best schedule in one go: calibrates, plans in several ways, runs and tunes the plans, keeps the best.
+
+    Give sixteen prompts as different as those to come. More of them cost no more, only --trials and --tune do.
+    """
     from .selection import optimize as run
 
-    inputs = _inputs(model, prompts, prompt_file, held_out=False, count=8)
+    inputs = _inputs(model, prompts, prompt_file, held_out=False, count=16)
     pipeline, arguments = _load(model, settings)
     schedule = run(
         pipeline,
@@ -124,8 +136,11 @@ def optimize(
         num_inference_steps=steps,
         num_key_steps=num_key_steps,
         boundary=boundary,
+        num_trials=trials,
+        tune=tune,
         polish=polish,
         seed=seed,
+        checkpoint=checkpoint,
         **arguments,
     )
     schedule.save(output)
@@ -172,7 +187,8 @@ def plan(
         max_gap=max_gap,
     )
     schedule.save(output)
-    out.print(f"wrote {output}: {schedule}, cost {schedule.cost:.4g}, up to {schedule.ideal_speedup:.2f}x faster")
+    expected = "" if schedule.expected_error is None else f", expected error {schedule.expected_error:.2%}"
+    out.print(f"wrote {output}: {schedule}, cost {schedule.cost:.4g}{expected}, up to {schedule.ideal_speedup:.2f}x")
 
 
 @app.command(epilog='Example: `dpcache generate tiny-flux "a small red ring" --schedule flux-13.json -o ring.png`')
@@ -238,9 +254,17 @@ def compare(
         out.print(f"wrote {report}")
 
 
-@app.command(epilog="Example: `dpcache show flux.safetensors` or `dpcache show flux-13.json`")
-def show(file: Annotated[Path, typer.Argument(help="A calibration or schedule file.")]) -> None:
-    """Prints what a calibration or schedule file holds."""
+@app.command(epilog="Example: `dpcache show flux.safetensors -k 13` or `dpcache show flux-13.json`")
+def show(
+    file: Annotated[Path, typer.Argument(help="A calibration or schedule file.")],
+    num_key_steps: Annotated[
+        int | None, typer.Option("--key-steps", "-k", help="Of a calibration: the number of key steps to point at.")
+    ] = None,
+    schedule: Annotated[
+        Path | None, typer.Option("--schedule", "-s", help="Of a calibration: the schedule to point at.")
+    ] = None,
+) -> None:
+    """Prints what a calibration or schedule file holds; of a calibration, error against speedup for every budget."""
     if file.suffix == ".json":
         from .schedule import Schedule
 
@@ -248,7 +272,11 @@ def show(file: Annotated[Path, typer.Argument(help="A calibration or schedule fi
     else:
         from .calibration import Calibration
 
-        _show_calibration(Calibration.load(file))
+        if schedule is not None:
+            from .schedule import Schedule
+
+            num_key_steps = Schedule.load(schedule).num_key_steps
+        _show_calibration(Calibration.load(file), num_key_steps)
 
 
 def _show_schedule(schedule: Any) -> None:
@@ -263,25 +291,53 @@ def _show_schedule(schedule: Any) -> None:
         ("predictor", f"{schedule.predictor}, order {schedule.order}"),
         ("model", f"{model.denoiser}, configuration {model.config or 'any'}" if model else "any"),
         ("cost", "not known" if schedule.cost is None else f"{schedule.cost:.6g}"),
+        ("measured error", "not known" if schedule.error is None else f"{schedule.error:.3%}"),
+        ("expected error", "not known" if schedule.expected_error is None else f"{schedule.expected_error:.3%}"),
         ("source", schedule.source or "not known"),
     ):
         table.add_row(name, escape(str(value)))
     out.print(table)
 
 
-def _show_calibration(calibration: Any) -> None:
+def _show_calibration(calibration: Any, chosen: int | None) -> None:
     facts = calibration.facts
     table = Table(show_header=False, box=None)
-    for name, value in facts.model_dump(exclude={"timesteps", "model"}).items():
+    for name, value in facts.model_dump(exclude={"timesteps", "model", "calls"}).items():
         table.add_row(name.replace("_", " "), str(value))
     table.add_row("model", f"{facts.model.denoiser}, configuration {facts.model.config}")
+    measured = "yes" if calibration.is_measured else "no (calibrate with --sensitivity measured)"
+    table.add_row("sensitivity measured", measured)
     out.print(table)
-    plans = Table("K", "T/K", "cost", "key steps", title="best plans (first 3 steps forced)")
-    for budget, found in calibration.plan_all().items():
-        if found.cost > 0 and budget <= facts.num_inference_steps // 2:
-            speedup = f"{facts.num_inference_steps / budget:.2f}"
-            plans.add_row(str(budget), speedup, f"{found.cost:.4g}", " ".join(map(str, found.key_steps)))
-    out.print(plans)
+    out.print(_trade_off(calibration, chosen))
+
+
+def _trade_off(calibration: Any, chosen: int | None) -> Table:
+    """Error against speedup: a bar for every budget, on a logarithmic scale."""
+    method = "sampler" if len(calibration.gram) else "paper"
+    steps = calibration.facts.num_inference_steps
+    found = calibration.plan_all(method=method)
+    plans = {k: plan for k, plan in found.items() if plan.cost > 0 and (k <= steps // 2 or k == chosen)}
+    if len(calibration.tried):
+        errors = {k: calibration.expected_error(calibration.schedule(plan.key_steps)) for k, plan in plans.items()}
+    else:
+        errors = {k: plan.cost ** (0.5 if method == "sampler" else 1.0) for k, plan in plans.items()}
+    kind = "expected error" if len(calibration.tried) else "error, of no known unit"
+    table = Table("", "K", "T/K", kind, title=f"best single plans, {method} cost", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    table.add_column("key steps", no_wrap=True)
+    logs = [math.log(error) for error in errors.values()]
+    for k, plan in plans.items():
+        share = (math.log(errors[k]) - min(logs)) / ((max(logs) - min(logs)) or 1.0)
+        figure = f"{errors[k]:.3%}" if len(calibration.tried) else f"{errors[k]:.3g}"
+        bar = "█" * (1 + round(23 * share))
+        style = "bold" if k == chosen else None
+        keys = " ".join(map(str, plan.key_steps))
+        table.add_row("→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, bar, keys, style=style)
+    if chosen in plans:
+        table.caption = f"{chosen} key steps: {' '.join(map(str, plans[chosen].key_steps))}"
+    elif chosen is not None:
+        table.caption = f"{chosen} key steps are none of these: they are infeasible, or nothing is skipped."
+    return table
 
 
 def _print_comparisons(comparisons: Any) -> None:

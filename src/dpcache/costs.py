@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from .predictors import Predictor, Taylor, backward_differences, taylor_coefficients, taylor_weights
+from .predictors import Predictor, Taylor, taylor_coefficients
 from .schedule import Schedule
+from .taylor_errors import Errors
 
 CostTensor = npt.NDArray[np.float64]
 
@@ -20,8 +21,6 @@ CostTensor = npt.NDArray[np.float64]
 ANCHOR_LIMIT = 0.3
 #: Weight of the extrapolation (against the mean) in the value that stands in for the sentinel step T.
 SENTINEL_ALPHA = 0.8
-#: Bytes of predictions held at once: small enough to stay in a processor's cache.
-_CHUNK_BYTES = 2**21
 
 
 def paper_cost(
@@ -30,6 +29,7 @@ def paper_cost(
     *,
     sentinel_alpha: float = SENTINEL_ALPHA,
     anchor_limit: float = ANCHOR_LIMIT,
+    device: "torch.device | str | None" = None,
 ) -> CostTensor:
     """Path-Aware Cost Tensor of one recorded run, as DPCache (arXiv 2602.22654) computes it.
 
@@ -42,6 +42,8 @@ def paper_cost(
         sentinel_alpha: the value at step T is alpha x (Taylor extrapolation from the last n + 1 steps)
             + (1 - alpha) x (their mean).
         anchor_limit: entries with j - i > anchor_limit x T are infinite.
+        device: where to compute; by default where the features are. They are moved there some columns at a time, and
+            the errors come back once, at the end.
 
     Returns:
         float64 array [T, T+1, T+1] indexed [i, j, k], infinite where no prediction exists. For j < order the only
@@ -52,29 +54,29 @@ def paper_cost(
     """
     values = torch.as_tensor(features)
     values = values.reshape(values.shape[0], -1)
-    values = values if values.dtype == torch.float64 else values.to(torch.float32)
     steps = values.shape[0]
     if order < 0 or steps <= order:
         raise ValueError(f"an order-{order} cost needs order >= 0 and more than {order} steps, got {steps}.")
-    finite = torch.isfinite(values).all(dim=1)
-    if not bool(finite.all()):
-        raise ValueError(f"values are not finite at step {int((~finite).nonzero()[0])}.")
 
-    last = list(range(steps - order - 1, steps))
-    extrapolation = torch.as_tensor(taylor_coefficients(last, steps, order), dtype=values.dtype, device=values.device)
-    sentinel = sentinel_alpha * (extrapolation @ values[last]) + (1 - sentinel_alpha) * values[last].mean(dim=0)
-    truth = torch.cat([values, sentinel[None]])
+    anchors: dict[int, range] = {}
+    for j in range(order, steps):
+        # An order-0 prediction reads j alone, whatever came before it: every anchor has the same history.
+        first = max(order - 1, j - int(anchor_limit * steps + 1e-9), 0)
+        anchors[j] = range(first, max(j, first + 1))
+    last = range(steps - order - 1, steps)
+    sentinel = sentinel_alpha * taylor_coefficients(last, steps, order) + (1 - sentinel_alpha) / len(last)
+    errors = Errors(anchors, steps, order, torch.device(device or values.device))
+    errors.add(values, torch.as_tensor(sentinel, dtype=torch.promote_types(values.dtype, torch.float32)))
+    finite = errors.finite.tolist()
+    if not all(finite):
+        raise ValueError(f"values are not finite at step {finite.index(False)}.")
 
     cost = np.full((steps, steps + 1, steps + 1), np.inf)
-    for j in range(steps):
-        if j < order:
-            cost[: j + 1, j, j + 1] = 0.0
-            continue
-        # An order-0 prediction reads j alone, whatever came before it: every anchor has the same history.
-        first_anchor = max(order - 1, j - int(anchor_limit * steps + 1e-9), 0)
-        anchors = range(first_anchor, max(j, first_anchor + 1))
-        errors = _prediction_errors(truth, [[*range(i - order + 1, i + 1), j] for i in anchors], order)
-        cost[anchors.start : anchors.stop, j, j + 1 :] = np.cumsum(errors, axis=1) / 2
+    for j in range(order):
+        cost[: j + 1, j, j + 1] = 0.0
+    for j, i in anchors.items():
+        mean = errors.total[j].cpu().numpy() / values.shape[1]
+        cost[i.start : i.stop, j, j + 1 :] = np.cumsum(mean, axis=1) / 2
     return cost
 
 
@@ -133,13 +135,19 @@ def schedule_cost(
     steps = len(weights)
     total = 0.0
     for key, after in pairwise([*schedule.key_steps, steps]):
-        error = np.zeros(steps)  # of the hop, as multiples of what is received at every step
-        for step in range(key + 1, after):
-            error[step] += weights[step]
-            for term in schedule.predictions[step]:
-                error[term.key_step] -= weights[step] * term.coefficient
+        error = hop_error(weights, schedule, key, after)
         total += float((np.maximum(error @ gram @ error, 0) ** (power / 2)).mean())
     return total
+
+
+def hop_error(weights: npt.NDArray[np.float64], schedule: Schedule, key: int, after: int) -> npt.NDArray[np.float64]:
+    """float64 [T]: the error of the hop between two key steps, as multiples of what is received at every step."""
+    error = np.zeros(len(weights))
+    for step in range(key + 1, after):
+        error[step] += weights[step]
+        for term in schedule.predictions[step]:
+            error[term.key_step] -= weights[step] * term.coefficient
+    return error
 
 
 def step_influence(received: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> float:
@@ -157,25 +165,3 @@ def step_influence(received: torch.Tensor, before: torch.Tensor, after: torch.Te
     if determinant > 1e-12 * xx * oo:
         return float((xx * oy - xo * xy) / determinant)
     return float((oy - xo) / oo) if oo else 0.0
-
-
-def _prediction_errors(truth: torch.Tensor, histories: list[list[int]], order: int) -> npt.NDArray[np.float64]:
-    """Mean absolute errors [histories, steps after their common last key] of predicting `truth` [steps, D]."""
-    last_key = histories[0][-1]
-    targets = range(last_key + 1, truth.shape[0])
-    weights = taylor_weights([t - last_key for t in targets], order)
-    coefficients = torch.as_tensor(
-        np.array([weights @ backward_differences(keys, order) for keys in histories]),
-        dtype=truth.dtype,
-        device=truth.device,
-    )  # [histories, targets, order + 1]
-    rows = torch.as_tensor(histories, device=truth.device)
-    width = truth.shape[1]
-    chunk = max(64, _CHUNK_BYTES // (truth.element_size() * len(histories) * len(targets)))
-    total = torch.zeros(len(histories), len(targets), dtype=torch.float64, device=truth.device)
-    for start in range(0, width, chunk):
-        piece = truth[:, start : start + chunk]
-        target = piece[last_key + 1 :].expand(len(histories), -1, -1)
-        error = torch.baddbmm(target, coefficients, piece[rows], beta=-1)
-        total += error.abs_().sum(dim=2)
-    return (total / width).cpu().numpy()

@@ -14,7 +14,7 @@ from .selection import select
 from .zoo import BUNDLED, load_pipeline
 
 STEPS = 50
-CALIBRATION_INPUTS = 5
+CALIBRATION_INPUTS, JUDGING_INPUTS = 5, 3
 KEY_STEPS = (13, 9)
 
 
@@ -33,10 +33,11 @@ def run_demo(
         raise ValueError(f"{model} is not a bundled model; the demo runs on: {', '.join(BUNDLED)}.")
     bundled = BUNDLED[model]
     pipeline = load_pipeline(model)
+    inputs = bundled.calibration_inputs(CALIBRATION_INPUTS + JUDGING_INPUTS)
     say(f"calibrating {model} on {CALIBRATION_INPUTS} inputs, {STEPS} steps each")
     calibration = calibrate(
         pipeline,
-        bundled.calibration_inputs(CALIBRATION_INPUTS),
+        inputs[:CALIBRATION_INPUTS],
         num_inference_steps=STEPS,
         sensitivity="measured",
         **bundled.call_defaults,
@@ -44,7 +45,16 @@ def run_demo(
     calibration.save(folder / "calibration.safetensors")
     schedules = []
     for budget in KEY_STEPS:
-        schedule = select(pipeline, calibration, budget)
+        # Half the trials and rounds of the default: a demonstration should be short.
+        schedule = select(
+            pipeline,
+            calibration,
+            budget,
+            inputs=inputs[CALIBRATION_INPUTS:],
+            num_trials=4,
+            tune=1,
+            **bundled.call_defaults,
+        )
         say(f"selected {schedule}: {schedule.source}")
         schedule.save(folder / f"schedule-{budget}.json")
         schedules.append(schedule)

@@ -24,10 +24,13 @@ class Layout:
             arguments that its results replace, in the order it returns them; one name means a bare result. Stacks in
             the order they run. A stack may be missing or empty in a model.
         head: the streams that what follows the last block reads: the value at the boundary "blocks".
+        feeders: attributes of the denoiser that hold what feeds the blocks alone, like the patch embedding and the
+            rotary tables: where no block runs, nothing reads what they return. May be missing in a model.
     """
 
     stacks: Mapping[str, tuple[str, ...]]
     head: tuple[str, ...] = ("hidden_states",)
+    feeders: tuple[str, ...] = ()
 
 
 _HIDDEN = ("hidden_states",)
@@ -38,51 +41,96 @@ _ENCODER_HIDDEN = ("encoder_hidden_states", "hidden_states")
 #: and are skipped with them: at a skipped step nothing reads what they would return.
 BLOCK_STACKS: dict[str, Layout] = {
     "AuraFlowTransformer2DModel": Layout(
-        {"joint_transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN}
+        {"joint_transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN},
+        feeders=("pos_embed", "context_embedder"),
     ),
-    "ChromaTransformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN}),
-    "CogVideoXTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}),
-    "CogView4Transformer2DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}),
-    "DiTTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}),
-    "Flux2Transformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN}),
+    "ChromaTransformer2DModel": Layout(
+        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN},
+        feeders=("x_embedder", "context_embedder", "pos_embed"),
+    ),
+    "CogVideoXTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}, feeders=("patch_embed",)),
+    "CogView4Transformer2DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}, feeders=("rope", "patch_embed")),
+    "DiTTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}, feeders=("pos_embed",)),
+    "Flux2Transformer2DModel": Layout(
+        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN},
+        feeders=(
+            "x_embedder",
+            "context_embedder",
+            "pos_embed",
+            "double_stream_modulation_img",
+            "double_stream_modulation_txt",
+            "single_stream_modulation",
+        ),
+    ),
     "FluxTransformer2DModel": Layout(
-        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _ENCODER_HIDDEN}
+        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _ENCODER_HIDDEN},
+        feeders=("x_embedder", "context_embedder", "pos_embed"),
     ),
     "HiDreamImageTransformer2DModel": Layout(
-        {"double_stream_blocks": _HIDDEN_ENCODER, "single_stream_blocks": _HIDDEN}
+        {"double_stream_blocks": _HIDDEN_ENCODER, "single_stream_blocks": _HIDDEN},
+        feeders=("x_embedder", "pe_embedder"),
     ),
     "HunyuanImageTransformer2DModel": Layout(
         {
             "context_embedder.token_refiner.refiner_blocks": _HIDDEN,
             "transformer_blocks": _HIDDEN_ENCODER,
             "single_transformer_blocks": _HIDDEN_ENCODER,
-        }
+        },
+        feeders=("x_embedder", "context_embedder", "context_embedder_2", "rope"),
     ),
     "HunyuanVideo15Transformer3DModel": Layout(
-        {"context_embedder.token_refiner.refiner_blocks": _HIDDEN, "transformer_blocks": _HIDDEN_ENCODER}
+        {"context_embedder.token_refiner.refiner_blocks": _HIDDEN, "transformer_blocks": _HIDDEN_ENCODER},
+        feeders=("x_embedder", "image_embedder", "context_embedder", "context_embedder_2", "cond_type_embed", "rope"),
     ),
     "HunyuanVideoTransformer3DModel": Layout(
         {
             "context_embedder.token_refiner.refiner_blocks": _HIDDEN,
             "transformer_blocks": _HIDDEN_ENCODER,
             "single_transformer_blocks": _HIDDEN_ENCODER,
-        }
+        },
+        feeders=("x_embedder", "context_embedder", "rope"),
     ),
     "Kandinsky5Transformer3DModel": Layout(
-        {"text_transformer_blocks": ("x",), "visual_transformer_blocks": ("visual_embed",)}, head=("visual_embed",)
+        {"text_transformer_blocks": ("x",), "visual_transformer_blocks": ("visual_embed",)},
+        head=("visual_embed",),
+        feeders=("text_embeddings", "visual_embeddings", "text_rope_embeddings", "visual_rope_embeddings"),
     ),
     "LTX2VideoTransformer3DModel": Layout(
-        {"transformer_blocks": ("hidden_states", "audio_hidden_states")}, head=("hidden_states", "audio_hidden_states")
+        {"transformer_blocks": ("hidden_states", "audio_hidden_states")},
+        head=("hidden_states", "audio_hidden_states"),
+        feeders=(
+            "proj_in",
+            "audio_proj_in",
+            "caption_projection",
+            "audio_caption_projection",
+            "av_cross_attn_video_scale_shift",
+            "av_cross_attn_audio_scale_shift",
+            "av_cross_attn_video_a2v_gate",
+            "av_cross_attn_audio_v2a_gate",
+            "rope",
+            "audio_rope",
+            "cross_attn_rope",
+            "cross_attn_audio_rope",
+        ),
     ),
-    "LTXVideoTransformer3DModel": Layout({"transformer_blocks": _HIDDEN}),
-    "Lumina2Transformer2DModel": Layout({"context_refiner": _HIDDEN, "noise_refiner": _HIDDEN, "layers": _HIDDEN}),
-    "MochiTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}),
-    "PixArtTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}),
-    "QwenImageTransformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN}),
-    "SD3Transformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN}),
-    "SanaTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}),
-    "SkyReelsV2Transformer3DModel": Layout({"blocks": _HIDDEN}),
-    "WanTransformer3DModel": Layout({"blocks": _HIDDEN}),
+    "LTXVideoTransformer3DModel": Layout(
+        {"transformer_blocks": _HIDDEN}, feeders=("proj_in", "caption_projection", "rope")
+    ),
+    "Lumina2Transformer2DModel": Layout(
+        {"context_refiner": _HIDDEN, "noise_refiner": _HIDDEN, "layers": _HIDDEN},
+        feeders=("rope_embedder", "x_embedder"),
+    ),
+    "MochiTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}, feeders=("patch_embed", "rope")),
+    "PixArtTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}, feeders=("pos_embed", "caption_projection")),
+    "QwenImageTransformer2DModel": Layout(
+        {"transformer_blocks": _ENCODER_HIDDEN}, feeders=("img_in", "txt_norm", "txt_in", "pos_embed")
+    ),
+    "SD3Transformer2DModel": Layout({"transformer_blocks": _ENCODER_HIDDEN}, feeders=("pos_embed", "context_embedder")),
+    "SanaTransformer2DModel": Layout(
+        {"transformer_blocks": _HIDDEN}, feeders=("patch_embed", "caption_projection", "caption_norm")
+    ),
+    "SkyReelsV2Transformer3DModel": Layout({"blocks": _HIDDEN}, feeders=("rope", "patch_embedding")),
+    "WanTransformer3DModel": Layout({"blocks": _HIDDEN}, feeders=("rope", "patch_embedding")),
     "ZImageTransformer2DModel": Layout(
         {"noise_refiner": ("x",), "context_refiner": ("x",), "siglip_refiner": ("x",), "layers": ("x",)}, head=("x",)
     ),
@@ -176,9 +224,9 @@ class Block:
 
     def skipped(self, args: tuple[Any, ...], kwargs: dict[str, Any], streams: Sequence[torch.Tensor]) -> Any:
         """What the block returns when it does not run: its inputs, with `streams` in place of those the head reads."""
-        given = dict(zip(self.head, streams, strict=True))
-        results = tuple(given[name] if name in given else self._argument(name, args, kwargs) for name in self.returns)
-        return results[0] if len(results) == 1 else results
+        given = dict(zip(self.head, streams, strict=True)) if self.head else kwargs
+        results = [given[name] if name in given else self._argument(name, args, kwargs) for name in self.returns]
+        return results[0] if len(results) == 1 else tuple(results)
 
     def layer(self) -> nn.Module:
         """A layer inside that runs once whenever the block does, and at no other time: for counting."""
@@ -259,6 +307,12 @@ def find_blocks(denoiser: nn.Module) -> list[Block]:
     if not blocks or not set(layout.head) <= set(blocks[-1].returns):
         raise _misdescribed(name, f"its last block does not return {' and '.join(layout.head)}")
     return [*blocks[:-1], replace(blocks[-1], head=layout.head)]
+
+
+def find_feeders(denoiser: nn.Module) -> list[nn.Module]:
+    """The denoiser's modules whose results only the blocks read."""
+    found = [getattr(denoiser, name, None) for name in BLOCK_STACKS[type(denoiser).__name__].feeders]
+    return [_unwrapped(module) for module in found if isinstance(module, nn.Module)]
 
 
 def _stack(denoiser: nn.Module, attribute: str, name: str) -> list[nn.Module]:

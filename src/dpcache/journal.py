@@ -36,9 +36,6 @@ class Journal:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             self._write(head)
 
-    def __contains__(self, name: str) -> bool:
-        return name in self._known
-
     def get(self, name: str, measure: Callable[[], Any]) -> Any:
         """The result of this name; measured if it is not known yet. Results are what JSON can hold."""
         if name not in self._known:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import torch
 from tqdm.auto import tqdm
 
 from .calibration import Calibration
@@ -46,6 +47,7 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     checkpoint: "str | os.PathLike[str] | None" = None,
+    distribute: bool = False,
     **arguments: Any,
 ) -> Calibration:
     """Runs the pipeline in full on a few inputs and measures what predicting each stretch of steps would cost.
@@ -67,6 +69,8 @@ def calibrate(
         progress: show a progress bar.
         checkpoint: a directory that keeps what was measured of each input: called again with it, only the others are
             run.
+        distribute: share the inputs out among the processes of torch.distributed, each with a pipeline of its own on
+            its own device (`accelerate launch`): every process returns the calibration of all of them.
         arguments: further arguments of every call; an input's own win.
 
     Raises:
@@ -82,31 +86,54 @@ def calibrate(
     steps = num_inference_steps
     per_trial = steps + sum(_tried_budgets(steps))
     total = len(calls) * steps + min(probed, len(calls)) * probing_calls(steps) + len(tried) * per_trial
-    parts: list[Calibration] = []
-    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress) as bar:
-        for number, call in enumerate(calls):
+    rank, ranks = _place() if distribute else (0, 1)
+    parts: dict[int, Calibration] = {}
+    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress or rank > 0) as bar:
+        for number, call in list(enumerate(calls))[rank::ranks]:
             kept = Path(checkpoint) / f"input-{number}-seed-{seed + number}.safetensors" if checkpoint else None
             if kept is not None and kept.exists():
-                part = _resumed(kept, number, call, boundary, order, number < probed)
+                parts[number] = _resumed(kept, number, call, boundary, order, number < probed)
                 bar.update(steps + (number < probed) * probing_calls(steps))
-            else:
-                try:
-                    part = _measured(pipeline, call, seed + number, boundary, order, number < probed, bar.update)
-                except CalibrationError as error:
-                    raise CalibrationError(f"input {number}: {error}") from error
-                if kept is not None:
-                    part.save(kept)
-            if parts and part.facts.num_inference_steps != parts[0].facts.num_inference_steps:
-                raise CalibrationError(
-                    f"input {number} ran {part.facts.num_inference_steps} steps and those before it "
-                    f"{parts[0].facts.num_inference_steps}: give every input the same number of steps."
-                )
-            parts.append(part)
-        found = Calibration.merged(parts)
+                continue
+            try:
+                part = _measured(pipeline, call, seed + number, boundary, order, number < probed, bar.update)
+            except CalibrationError as error:
+                raise CalibrationError(f"input {number}: {error}") from error
+            parts[number] = part
+            if kept is not None:
+                part.save(kept)
+        found = _merged(parts, ranks)
         if tried and len(found.gram):
-            journal = Journal(Path(checkpoint) / "tried.jsonl" if checkpoint else None, [calls, seed, boundary, order])
+            path = Path(checkpoint) / f"tried{f'-{rank}' if rank else ''}.jsonl" if checkpoint else None
+            journal = Journal(path, [calls, seed, boundary, order])
             found = _tried_out(pipeline, found, tried, TRIAL_SEED + seed, journal, partial(bar.update, per_trial))
     return found
+
+
+def _place() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if not torch.distributed.is_initialized():
+        raise CalibrationError(
+            "distribute=True needs several processes that know each other: start the program with `accelerate launch` "
+            "or torchrun and make an accelerate.PartialState() first."
+        )
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _merged(parts: dict[int, Calibration], ranks: int) -> Calibration:
+    """One calibration of all inputs in their order, whichever process measured them."""
+    if ranks > 1:
+        shared: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(shared, parts)
+        parts = {number: part for some in shared for number, part in some.items()}
+    first = parts[0].facts.num_inference_steps
+    for number, part in sorted(parts.items()):
+        if part.facts.num_inference_steps != first:
+            raise CalibrationError(
+                f"input {number} ran {part.facts.num_inference_steps} steps and those before it {first}: give every "
+                "input the same number of steps."
+            )
+    return Calibration.merged([parts[number] for number in sorted(parts)])
 
 
 def _measured(
@@ -121,7 +148,7 @@ def _measured(
     """The calibration of one input."""
     run = record(pipeline, seeded(pipeline, call, seed), boundary=boundary, on_step=lambda _: on_step())
     steps = run.num_steps
-    costs = _paper_costs(run, order)
+    costs = _paper_costs(run, order, _device(pipeline))
     gram = run.gram()
     influence = np.array([run.influence[t] for t in range(steps)]) if gram is not None else np.empty(0)
     empty = np.empty((0, steps))
@@ -212,9 +239,15 @@ def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | No
         return None
 
 
-def _paper_costs(run: RecordedRun, order: int) -> list[CostTensor]:
-    """The paper's cost tensor of every branch."""
-    costs = [paper_cost(values, order) for values in run.complete_branches()]
+def _device(pipeline: Any) -> Any:
+    """Where the pipeline computes: its weights may be elsewhere, with offloading."""
+    found = getattr(pipeline, "_execution_device", None)
+    return found if found is not None else next(find_denoisers(pipeline)[0].parameters()).device
+
+
+def _paper_costs(run: RecordedRun, order: int, device: Any) -> list[CostTensor]:
+    """The paper's cost tensor of every branch, computed where the pipeline runs."""
+    costs = [paper_cost(values, order, device=device) for values in run.complete_branches()]
     if not costs:
         raise CalibrationError(
             f"no denoiser call was made at every one of the {run.num_steps} steps, so there is no whole trajectory to "

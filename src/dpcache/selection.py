@@ -23,7 +23,7 @@ from .measuring import TRIAL_SEED, calibrate
 from .planner import Objective
 from .schedule import Boundary, Schedule
 from .trials import Trial, average_error
-from .tuning import directions, normal_equations, proposals
+from .tuning import Direction, directions, normal_equations, proposals
 
 #: Of the inputs of `optimize`, the share that is calibrated and tuned on; the candidates are judged on the others.
 FITTED_SHARE = 0.6
@@ -222,7 +222,7 @@ def select(
         )
         finalists = search.halved(candidates)
         finalists = [search.polished(finalists[0], polish), *finalists[1:]]
-        if tune and calibration.gram.size:
+        if tune:
             finalists = [search.tuned(finalist) for finalist in finalists]
         best = min(finalists, key=_Candidate.average)
         for _ in range(tune - 1):
@@ -257,9 +257,7 @@ class _Remembered:
 
         return float(self._journal.get(f"{self._name}: error of {_name(schedule)}", measure))
 
-    def equations(self, schedule: Schedule, calibration: Calibration) -> tuple[Any, Any]:
-        ways = directions(schedule, calibration)
-
+    def equations(self, schedule: Schedule, ways: Sequence[Direction]) -> tuple[Any, Any]:
         def measure() -> list[Any]:
             found = normal_equations(self._full(), schedule, ways, self._on_run)
             return [part.tolist() for part in found]
@@ -306,7 +304,7 @@ class _Search:
         ways = directions(best.schedule, self.calibration)
         if not ways:
             return best
-        equations = [trial.equations(best.schedule, self.calibration) for trial in self.fitting]
+        equations = [trial.equations(best.schedule, ways) for trial in self.fitting]
         for schedule in proposals(best.schedule, ways, equations):
             tuned = self.judged(_Candidate(schedule, best.recipe, tuned=f", tuned in {len(self.fitting)} more"))
             best = min(best, tuned, key=_Candidate.average)

@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .calibration import Calibration
+from .costs import hop_error
 from .predictors import backward_differences, taylor_weights
 from .schedule import Schedule, Term
 from .trials import AVERAGED_POWER, NO_ERROR, Trial
@@ -50,13 +51,9 @@ def directions(schedule: Schedule, calibration: Calibration) -> list[Direction]:
         # Before there are differences to extrapolate, the value itself grows the longer the hop.
         growth = taylor_weights(skipped - key, max(1, len(keys) - 1))[:, -1]
         changes = growth[:, None] * highest
-        error, moved = np.zeros(len(weights)), np.zeros(len(weights))
-        moved[keys] = weights[skipped] @ changes
-        error[skipped] = weights[skipped]
-        for step in skipped:
-            for term in schedule.predictions[int(step)]:
-                error[term.key_step] -= weights[step] * term.coefficient
-        size = np.sqrt(max(error @ gram @ error, 1e-30) / max(moved @ gram @ moved, 1e-30))
+        error, change = hop_error(weights, schedule, key, after), np.zeros(len(weights))
+        change[keys] = weights[skipped] @ changes
+        size = np.sqrt(max(error @ gram @ error, 1e-30) / max(change @ gram @ change, 1e-30))
         found.append(Direction(key + 1, dict(zip(skipped.tolist(), size * changes, strict=True))))
     return found
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import nn
 
-from .denoisers import Block, as_called, find_blocks, find_denoisers
+from .boundary import BoundaryTap
+from .denoisers import as_called, find_denoisers
 from .hooks import Hook, attach, detach, entrance, listen
-from .packing import Assemble, pack, take_apart, unpack
 from .schedule import Boundary
 
 _numbers = itertools.count()
@@ -53,7 +53,7 @@ class Call:
     step: int
     branch: Branch
     shape: tuple[Any, ...]
-    _tap: "_BoundaryTap"
+    _tap: "BoundaryTap"
     _forward: Callable[[], Any]
 
     def full(self) -> tuple[Any, torch.Tensor]:
@@ -131,7 +131,7 @@ class Watch:
         self._calls: Counter[tuple[str, int]] = Counter()
         self._contexts: list[str] = []
         self._warned = False
-        self._boundaries = [_BoundaryTap(find_blocks(d) if boundary == "blocks" else []) for d in self.denoisers]
+        self._boundaries = [BoundaryTap(denoiser, boundary) for denoiser in self.denoisers]
         self._hooks = [_DenoiserHook(self, number) for number in range(len(self.denoisers))]
         self._placed: list[tuple[Any, Hook]] = []
 
@@ -172,7 +172,9 @@ class Watch:
             # Compiled as a whole, the denoiser's blocks are called inside one graph, past their own compiled code.
             inside = outside is not denoiser
             places.append((outside, hook))
-            places += [(block.module if inside else entrance(block.module), h) for block, h in tap.hooks()]
+            places += [(module if inside else entrance(module), h) for module, h in tap.block_hooks]
+            # What nothing reads is not in the graph of a skipped step anyway.
+            places += [] if inside else [(entrance(module), h) for module, h in tap.feeder_hooks]
         if places != self._placed:
             self._remove_hooks()
             for place, hook in places:
@@ -186,8 +188,11 @@ class Watch:
 
     def mend_hooks(self, denoiser: int) -> None:
         """Offloading takes hooks of its own off in the middle of a generation, from beneath these."""
-        for hook in (self._hooks[denoiser], *(hook for _, hook in self._boundaries[denoiser].hooks())):
-            hook.mend()
+        tap = self._boundaries[denoiser]
+        own = {self._hooks[denoiser], *(hook for _, hook in (*tap.block_hooks, *tap.feeder_hooks))}
+        for _, hook in self._placed:
+            if hook in own:
+                hook.mend()
 
     def _began(self, result: Any, *_: Any, **__: Any) -> Any:
         self._place_hooks(self._pipeline())
@@ -215,12 +220,12 @@ class Watch:
         return result
 
     def _locate(self, timestep: Any) -> Grid:
-        """Where the loop runs, now that its first step is taken."""
+        """Where the loop runs, now that its first step is taken; without waiting for a device, if that can be."""
         grid = self.scheduler.timesteps
-        # Schedulers that count their steps say so without a look at a tensor, which may be on another device.
+        # Schedulers that count their steps say so; else a loop over the grid takes its elements, seldom copies of them.
         counted = getattr(self.scheduler, "step_index", None)
-        start = counted - 1 if counted else int((grid == timestep).nonzero()[0])
-        return Grid(len(grid), start)
+        start = counted - 1 if counted else _position(timestep, grid)
+        return Grid(len(grid), int((grid == timestep).nonzero()[0]) if start is None else start)
 
     def _ended(self) -> None:
         """The loop is over: its last step taken, or left by an exception or an interrupt."""
@@ -326,59 +331,14 @@ class _DenoiserHook(Hook):
         return self.watch.on_call(self.denoiser, self.beneath, args, kwargs)
 
 
-class _BoundaryTap:
-    """Reads the value at the boundary of a full call, or puts a predicted one there.
-
-    Without blocks the boundary is the denoiser's own output. Several tensors at the boundary are one value, end to end.
-    """
-
-    def __init__(self, blocks: list[Block]) -> None:
-        self.reading = self.skipping = False
-        #: What the head reads: what the last block returned, or shall return.
-        self.streams: list[torch.Tensor] = []
-        self._blocks = blocks
-        self._builds: dict[Branch, tuple[list[torch.Size], Assemble | None]] = {}
-        self._hooks = [(block, _BlockHook(self, block)) for block in blocks]
-
-    def hooks(self) -> list[tuple[Block, "_BlockHook"]]:
-        return self._hooks
-
-    def full(self, branch: Branch, forward: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
-        self.reading = True
-        try:
-            output = forward()
-            tensors, build = (self.streams, None) if self._blocks else take_apart(output)
-        finally:
-            self.reading, self.streams = False, []
-        if not tensors:
-            raise RuntimeError("the denoiser returned without running its last transformer block.")
-        self._builds[branch] = [tensor.shape for tensor in tensors], build
-        return output, pack(tensors)
-
-    def predicted(self, branch: Branch, forward: Callable[[], Any], value: torch.Tensor) -> Any:
-        shapes, build = self._builds[branch]
-        tensors = unpack(value, shapes)
-        if build is not None:
-            return build(iter(tensors))
-        self.skipping, self.streams = True, tensors
-        try:
-            return forward()
-        finally:
-            self.skipping, self.streams = False, []
-
-
-class _BlockHook(Hook):
-    def __init__(self, tap: _BoundaryTap, block: Block) -> None:
-        super().__init__()
-        self.tap, self.block = tap, block
-
-    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if self.tap.skipping:
-            return self.block.skipped(args, kwargs, self.tap.streams if self.block.head else [])
-        output = self.beneath(*args, **kwargs)
-        if self.tap.reading and self.block.head:
-            self.tap.streams = self.block.streams(output)
-        return output
+def _position(timestep: Any, grid: Any) -> int | None:
+    """Where in the grid a timestep is that shares its memory; None if it does not."""
+    if not isinstance(timestep, torch.Tensor) or not isinstance(grid, torch.Tensor) or not grid.stride(0):
+        return None
+    if timestep.untyped_storage().data_ptr() != grid.untyped_storage().data_ptr() or timestep.dtype != grid.dtype:
+        return None
+    position = (timestep.storage_offset() - grid.storage_offset()) // grid.stride(0)
+    return position if timestep.ndim == 0 and 0 <= position < len(grid) else None
 
 
 def _signature(values: Iterable[Any]) -> tuple[Any, ...]:

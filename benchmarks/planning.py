@@ -1,0 +1,273 @@
+"""What the plans are made of: weights, predictors, objectives; finer grids; other calibration inputs; expected errors.
+
+    python -m benchmarks.planning                       # every bundled model, then docs/planning.md
+    python -m benchmarks.planning tiny-dit --inputs 8   # one model, quickly
+    python -m benchmarks.planning --page-only           # the page from the figures already measured
+
+Writes benchmarks/results/planning_<model>.json and docs/planning.md.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import dpcache
+from benchmarks.results import RESULTS, ROOT, STEPS, Pictures, Row, Subject, _plain, _rounded, scores, table
+from dpcache.selection import Recipe
+from dpcache.trials import average_error
+from dpcache.zoo import BUNDLED
+
+BUDGETS = (13, 9)
+INPUTS, CALIBRATED = 16, 10
+FINE = (100, 200)
+"""Steps of the finer grids."""
+FINE_BUDGETS = (13, 20)
+CONVERGED = 1000
+"""Steps of the solution that stands for the exact one: all that DDIM has."""
+EXPECTED = (7, 9, 11, 13, 16, 20)
+"""K at which the expected error is compared with the measured one."""
+
+RECIPES = {
+    "the paper's cost": Recipe(method="paper"),
+    "sampler alone, measured=0": Recipe(measured=0.0),
+    "measured=0.25": Recipe(measured=0.25),
+    "measured=0.5, the default": Recipe(measured=0.5),
+    "measured=0.75": Recipe(measured=0.75),
+    "measured=1": Recipe(measured=1.0),
+    "Taylor of order 1": Recipe(order=1),
+    "Taylor of order 3": Recipe(order=3),
+    "fitted, 1 key step": Recipe("fitted", 0),
+    "fitted, 2 key steps": Recipe("fitted", 1),
+    "fitted, 3 key steps": Recipe("fitted", 2),
+    "errors in the first power": Recipe(power=1.0),
+    "errors in the fourth power": Recipe(power=4.0),
+    "least largest hop": Recipe(objective="max"),
+}
+
+
+class Planned(Subject):
+    """A bundled model whose latents are compared as well."""
+
+    def latents(self, steps: int, schedule: dpcache.Schedule | None = None, count: int | None = None) -> Pictures:
+        """[inputs, D]: final latents of the first held-out inputs."""
+        rows: list[Any] = []
+        for arguments in self.batches(self.inputs[:count], steps, 16):
+            arguments = {**arguments, "output_type": "latent"}
+            if schedule is None:
+                output = self.pipe(**arguments)[0]
+            else:
+                with dpcache.enabled(self.pipe, schedule):
+                    output = self.pipe(**arguments)[0]
+            rows.extend(np.asarray(output, dtype=np.float64).reshape(len(arguments["generator"]), -1))
+            self.bar.update(len(arguments["generator"]))
+        return np.stack(rows)
+
+    def calibrated(self, inputs: Sequence[Any], steps: int = STEPS) -> dpcache.Calibration:
+        more = {"sensitivity": "measured", "progress": False, **self.model.call_defaults}
+        return dpcache.calibrate(self.pipe, inputs, num_inference_steps=steps, **more)
+
+    def selected(self, calibration: dpcache.Calibration, k: int, **more: Any) -> dpcache.Schedule:
+        return dpcache.select(self.pipe, calibration, k, progress=False, **{**more, **self.model.call_defaults})
+
+    @cached_property
+    def given(self) -> dict[str, Any]:
+        inputs = self.model.calibration_inputs(INPUTS)
+        return {"inputs": inputs[CALIBRATED:], "fitting_inputs": inputs[:CALIBRATED]}
+
+
+def recipes(subject: Planned, calibration: dpcache.Calibration, full: Pictures) -> list[Row]:
+    """Single plans by one recipe after another: nothing selected, nothing tuned."""
+    rows = []
+    for budget in BUDGETS:
+        for name, recipe in RECIPES.items():
+            schedule = calibration.plan(budget, **vars(recipe))
+            found = scores(full, subject.draw(schedule)[0])
+            rows.append({"k": budget, "recipe": name, "key_steps": schedule.key_steps, **_means(found)})
+    return rows
+
+
+def expected_errors(subject: Planned, calibration: dpcache.Calibration) -> list[Row]:
+    """What a calibration expects of its plans, and what they err by on inputs that it has never seen."""
+    full = subject.latents(STEPS)
+    rows = []
+    for budget in EXPECTED:
+        schedule = calibration.plan(budget)
+        errors = np.linalg.norm(subject.latents(STEPS, schedule) - full, axis=1) / np.linalg.norm(full, axis=1)
+        quarters = np.percentile(errors, [5, 95])
+        rows.append({"k": budget, "expected": schedule.expected_error, "measured": average_error(errors.tolist())})
+        rows[-1] |= {"p5": quarters[0], "p95": quarters[1]}
+    return rows
+
+
+def calibration_sets(subject: Planned, full: Pictures) -> list[Row]:
+    """The default against the paper's cost, both from the same few inputs and nothing else."""
+    pool = subject.model.calibration_inputs(15)
+    sets = {"inputs 0 to 4": pool[:5], "inputs 5 to 9": pool[5:10], "inputs 10 to 14": pool[10:], "input 0": pool[:1]}
+    rows = []
+    for name, inputs in sets.items():
+        calibration = subject.calibrated(inputs)
+        ways = {
+            "default": subject.selected(calibration, 13, num_trials=5, tune=1),
+            "paper": calibration.plan(13, method="paper"),
+        }
+        for way, schedule in ways.items():
+            found = scores(full, subject.draw(schedule)[0])
+            rows.append({"set": name, "way": way, "key_steps": schedule.key_steps, **_means(found)})
+    return rows
+
+
+def fine_grids(subject: Planned, count: int) -> list[Row]:
+    """Few full calls on finer grids, against a converged solution of the same equation."""
+    exact = subject.latents(CONVERGED, None, count)
+    rows: list[Row] = []
+    for steps in (STEPS, *FINE):
+        calibration = subject.calibrated(subject.model.calibration_inputs(5), steps)
+        for k in FINE_BUDGETS:
+            ways = {
+                "one plan": calibration.plan(k),
+                "selected, not tuned": subject.selected(calibration, k, tune=0, num_trials=4, **subject.given),
+            }
+            for way, schedule in ways.items():
+                found = _decibels(exact, subject.latents(steps, schedule, count))
+                rows.append({"steps": steps, "k": k, "way": way, "key_steps": schedule.key_steps, "psnr": found})
+        rows.append(
+            {"steps": steps, "k": steps, "way": "full", "psnr": _decibels(exact, subject.latents(steps, None, count))}
+        )
+    return rows
+
+
+def _decibels(exact: Pictures, found: Pictures) -> float:
+    """Mean PSNR of latents; the peak is the range of the exact ones."""
+    errors = ((found - exact) ** 2).mean(axis=1)
+    return float(np.mean(-10 * np.log10(errors / np.ptp(exact) ** 2)))
+
+
+def _means(found: Row) -> Row:
+    return {name: found[name] for name in ("psnr_mean", "psnr_p5")}
+
+
+def measure(model: str, num_inputs: int, converged_inputs: int) -> Row:
+    subject = Planned(model, num_inputs)
+    calibration = subject.calibrated(subject.model.calibration_inputs(CALIBRATED))
+    full, _ = subject.draw()
+    result = {
+        "model": model,
+        "inputs": num_inputs,
+        "recipes": recipes(subject, calibration, full),
+        "expected": expected_errors(subject, calibration),
+        "sets": calibration_sets(subject, full),
+        "converged_inputs": min(converged_inputs, num_inputs),
+        "grids": fine_grids(subject, converged_inputs),
+    }
+    subject.bar.close()
+    return result
+
+
+# ----------------------------------------------------------------------------------------------------------- the page
+
+ABOUT = """# What the plans are made of
+
+Made by `python -m benchmarks.planning`; the figures behind it are in `benchmarks/results/`. T = 50 unless said
+otherwise, boundary `blocks`; calibrated on {calibrated} inputs, judged on {inputs} held-out ones. PSNR in dB, in
+float, of decoded outputs against the full run: mean (5th percentile).
+"""
+
+
+def page(results: Sequence[Row]) -> str:
+    parts = [ABOUT.format(calibrated=CALIBRATED, inputs=results[0]["inputs"])]
+    names = [result["model"] for result in results]
+    parts += [
+        "## Weights, predictors, objectives\n",
+        "Single plans: nothing is run to choose among them, and nothing is tuned. Unless the line says otherwise the "
+        "predictor is Taylor of order 2, errors of a hop are added up as the sampler adds them, hops in the second "
+        "power, and half of the measured sensitivity is believed.\n",
+    ]
+    for k in BUDGETS:
+        rows = {name: [_row(r["recipes"], k=k, recipe=name) for r in results] for name in RECIPES}
+        parts += [f"### K = {k}\n", table(["recipe", *names], [[n, *map(_pair, found)] for n, found in rows.items()])]
+    parts += [
+        "## Other calibration inputs\n",
+        "K = 13. `optimize`'s way (select and tune) and the paper's cost, both from five inputs that have nothing in "
+        "common, and from one. The inputs serve for calibrating, tuning and judging, from different noise; five trials "
+        "and one round of tuning instead of eight and two.\n",
+    ]
+    body = [
+        [name, way, *(_pair(_row(r["sets"], set=name, way=way)) for r in results)]
+        for name in dict.fromkeys(row["set"] for row in results[0]["sets"])
+        for way in ("default", "paper")
+    ]
+    parts.append(table(["calibrated on", "way", *names], body))
+    parts += [
+        "## Finer grids\n",
+        f"Skipped steps cost next to nothing, so the grid may be finer. PSNR of final latents, dB, against {CONVERGED} "
+        "steps of the same sampler, mean over held-out inputs ("
+        + ", ".join(f"{r.get('converged_inputs', r['inputs'])} of `{r['model']}`" for r in results)
+        + "); calibrated on five inputs.\n",
+    ]
+    keys = [(row["steps"], row["k"], row["way"]) for row in results[0]["grids"]]
+    body = [
+        [t, k, way, *(f"{_row(r['grids'], steps=t, k=k, way=way)['psnr']:.1f}" for r in results)]
+        for t, k, way in sorted(keys, key=lambda key: (key[2] != "full", key[1], key[0]))
+    ]
+    parts.append(table(["steps", "full calls", "way", *names], body))
+    parts += [
+        "## Expected and measured errors\n",
+        "What `calibration.plan` expects (`Schedule.expected_error`) and what is measured on held-out inputs: RMS "
+        "error of the final latents as a share of them, average over inputs (5th to 95th percentile). "
+        + " ".join(_how_far(result) for result in results)
+        + "\n",
+    ]
+    body = [[k, *(_expectation(_row(r["expected"], k=k)) for r in results)] for k in EXPECTED]
+    parts.append(table(["K", *(f"{name}: expected, measured" for name in names)], body))
+    return "\n".join(parts)
+
+
+def _row(rows: Sequence[Row], **wanted: Any) -> Row:
+    (found,) = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
+    return found
+
+
+def _pair(row: Row) -> str:
+    return f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
+
+
+def _expectation(row: Row) -> str:
+    return f"{row['expected']:.2%}, {row['measured']:.2%} ({row['p5']:.2%} to {row['p95']:.2%})"
+
+
+def _how_far(result: Row) -> str:
+    factors = [row["measured"] / row["expected"] for row in result["expected"]]
+    return f"On `{result['model']}` the measured is {min(factors):.2f} to {max(factors):.2f} times the expected."
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python -m benchmarks.planning tiny-dit --inputs 8",
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(BUNDLED)} (default: all)")
+    parser.add_argument("--inputs", type=int, default=64, help="held-out inputs (default 64)")
+    parser.add_argument("--converged-inputs", type=int, default=64, help="of them, for the finer grids (default 64)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page")
+    options = parser.parse_args()
+    if unknown := set(options.models) - set(BUNDLED):
+        parser.error(f"no bundled model named {', '.join(sorted(unknown))}; there are {', '.join(BUNDLED)}")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for model in () if options.page_only else options.models or BUNDLED:
+        result = json.loads(json.dumps(measure(model, options.inputs, options.converged_inputs), default=_plain))
+        (options.out / f"planning_{model}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    paths = [options.out / f"planning_{model}.json" for model in BUNDLED]
+    found = [json.loads(path.read_text()) for path in paths if path.exists()]
+    where = ROOT / "docs" / "planning.md" if options.out == RESULTS else options.out / "planning.md"
+    where.write_text(page(found))
+    print(f"wrote {where}")
+
+
+if __name__ == "__main__":
+    main()
