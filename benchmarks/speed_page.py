@@ -244,8 +244,8 @@ def write(root: Path) -> Path:
     parts = [
         "# Performance\n",
         "Made by `make bench-speed`; the figures behind it are in `benchmarks/results/speed.json`. "
-        f"{found['machine']}; {versions}. Times are of the processor unless said otherwise, taken in turns, for other work "
-        "may go on beside it.\n",
+        f"{found['machine']}; {versions}. Times are of the processor unless said otherwise, taken in turns, for "
+        "other work may go on beside it.\n",
     ]
     if "loops" in found:
         found["loops"]["table"] = summed_up(found["loops"]["rounds"])
