@@ -27,7 +27,7 @@ check: .venv/installed  ## style and types
 bench: .venv/installed  ## the comparison with peers on every bundled model: benchmarks/results/peers.md
 	$(BIN)/python -m benchmarks.peers
 
-bench-speed: .venv/installed  ## how fast: docs/performance.md; about 12 minutes, may be cut short and gone on with
+bench-speed: .venv/installed  ## how fast: docs/performance.md; about 15 minutes on an idle machine
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed
 
 clean:

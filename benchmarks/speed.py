@@ -1,10 +1,10 @@
 """Everything in docs/performance.md that a CPU can measure: ratios of processor times taken in turns, on one thread.
 
-    python -m benchmarks.speed                    # what is not measured yet, then the page: about 12 minutes
+    python -m benchmarks.speed                    # everything anew, then the page: about 12 minutes
     python -m benchmarks.speed planner startup    # these parts anew
-    python -m benchmarks.speed loops --rounds 5   # more rounds of the loops, beside those measured already
+    python -m benchmarks.speed --resume           # what a run that was cut short has not measured
 
-Every round is written to benchmarks/results/speed.json when it is done: a run can be cut short and gone on with.
+Every round is written to benchmarks/results/speed.json when it is done.
 """
 
 import argparse
@@ -259,6 +259,8 @@ PARTS: dict[str, Callable[..., Row]] = {
     "planner": planner,
     "startup": startup,
 }
+GOING_ON = ("loops", "calibration")
+"""What can be cut short between rounds."""
 _measured: Row = {}
 _target = RESULT
 
@@ -272,14 +274,16 @@ def yield_part(name: str, found: Row) -> None:
     _target.write_text(text + "\n")
 
 
-def measure(parts: list[str], *, rounds: int, size: str, target: Path) -> None:
-    """Measures the parts and writes them to the target, beside what is there."""
+def measure(parts: list[str], *, rounds: int, size: str, target: Path, resume: bool = False) -> None:
+    """Measures the parts, anew or going on with what is known of them, and writes them beside what is there."""
     global _target
     _target = target
     target.parent.mkdir(parents=True, exist_ok=True)
     _measured.clear()
     _measured.update(json.loads(target.read_text()) if target.exists() else {})
     for name in parts:
+        if not resume:
+            _measured.pop(name, None)
         small = {"steps": 8, "budgets": (4, 3)} if name == "loops" else {"steps": 8}
         more = small if size == "toy" and name in ("loops", "profile", "calibration") else {}
         yield_part(name, PARTS[name](_measured.get(name, {}), rounds, size, **more))
@@ -291,8 +295,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.speed loops --rounds 5"
     )
-    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: those missing)")
-    parser.add_argument("--rounds", type=int, default=3, help="of every measurement (default 3)")
+    parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=6, help="of every measurement (default 6)")
+    parser.add_argument("--resume", action="store_true", help="measure only what is missing")
     parser.add_argument("--toy", action="store_true", help="at toy size: whether it runs, not how fast")
     parser.add_argument("--output", type=Path, default=RESULT, help="default: benchmarks/results/speed.json")
     parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page")
@@ -300,11 +305,13 @@ def main() -> None:
     if unknown := set(options.parts) - set(PARTS):
         parser.error(f"no part named {', '.join(sorted(unknown))}; there are {', '.join(PARTS)}")
     logging.disable(logging.WARNING)
-    known = json.loads(options.output.read_text()) if options.output.exists() else {}
-    missing = [name for name in PARTS if name not in known or len(known[name].get("rounds", "123")) < options.rounds]
+    parts = options.parts or list(PARTS)
+    if options.resume:
+        known = json.loads(options.output.read_text()) if options.output.exists() else {}
+        parts = [name for name in parts if name not in known or name in GOING_ON]
     if not options.page_only:
-        parts = options.parts or missing
-        measure(parts, rounds=options.rounds, size="toy" if options.toy else "cpu", target=options.output)
+        size = "toy" if options.toy else "cpu"
+        measure(parts, rounds=options.rounds, size=size, target=options.output, resume=options.resume)
     if options.output == RESULT:
         speed_page.write(ROOT)
 

@@ -74,6 +74,12 @@ def _loops(found: Row) -> Iterable[str]:
     peers = [row for row in found["table"] if not row["way"].startswith(("dpcache", "full")) and "error" not in row]
     head = ["peer", "`blocks` / peer", "of steps", "`output` / peer", "of steps"]
     yield table(head, [[row["way"], *(_cell(row[column]) for column in columns)] for row in peers])
+    above = [row["way"] for row in peers if max(row[column] for column in columns[::2]) > 1]
+    if above:
+        yield (
+            f"Above 1 as the loops fell out: {'; '.join(above)}. Full steps are most of such a loop, and theirs were "
+            "shorter there; `of steps` says what the rest is.\n"
+        )
 
 
 def _key_steps(rounds: list[Row], name: str) -> list[float]:
@@ -238,8 +244,8 @@ def write(root: Path) -> Path:
     parts = [
         "# Performance\n",
         "Made by `make bench-speed`; the figures behind it are in `benchmarks/results/speed.json`. "
-        f"{found['machine']}; {versions}. Times are of the processor unless said otherwise, taken in turns: other work "
-        "was going on on the machine.\n",
+        f"{found['machine']}; {versions}. Times are of the processor unless said otherwise, taken in turns, for "
+        "other work may go on beside it.\n",
     ]
     if "loops" in found:
         found["loops"]["table"] = summed_up(found["loops"]["rounds"])

@@ -39,7 +39,7 @@ def test_the_parts_of_the_speed_script_and_its_page(tmp_path: Path) -> None:
     results = json.loads(target.read_text())
     assert results["profile"]["after"]["x_embedder"] < 1
     assert results["paper_cost"]["difference"] < 1e-5
-    speed.measure(["loops"], rounds=2, size="toy", target=target)
+    speed.measure(["loops"], rounds=2, size="toy", target=target, resume=True)
     assert len(json.loads(target.read_text())["loops"]["rounds"]) == 2
 
     (tmp_path / "docs").mkdir()
