@@ -63,6 +63,7 @@ def enable(pipeline: Any, schedule: "Schedule | Calibration", *, offload: bool =
         offload: keep the cached values in host memory (pinned, for a GPU) and bring them back a piece at a time. Takes
             next to nothing of the device's memory, and at every skipped step the time to copy up to order + 1 values:
             worth it for long videos, where a value takes hundreds of megabytes and a full step many seconds.
+        planning: with a calibration, arguments of `Calibration.plan`.
 
     Raises:
         CacheStateError: it is enabled already.
@@ -161,6 +162,13 @@ class _Ring:
         used = [self.values[term.key_step] for term in terms]
         return weighted_sum(used, [term.coefficient for term in terms], self.device)
 
+    def corrected(self, value: torch.Tensor, step: int, terms: tuple[Term, ...]) -> torch.Tensor:
+        """The value computed at this key step, and the correction added."""
+        shares = {term.key_step: term.coefficient for term in terms}
+        own = 1.0 + shares.pop(step, 0.0)
+        others = [self.values[key] for key in shares]
+        return weighted_sum([value.detach().contiguous(), *others], [own, *shares.values()], value.device)
+
 
 class Cache:
     """Follows a schedule on one pipeline: the observer behind `enable`."""
@@ -210,9 +218,13 @@ class Cache:
         output, value = call.full()
         self._computed.add(call.step)
         self._stats.full_calls += 1
+        ring = self._rings[call.branch]
+        step = call.step - ring.start
+        if correction := self._correction(ring, step):
+            output = call.predicted(ring.corrected(value, step, correction))
         if self._wanted(call):
-            ring = self._rings[call.branch]
-            ring.keep(call.step - ring.start, value, self.offload)
+            self._forget(ring, step)
+            ring.keep(step, value, self.offload)
             self._stats.peak_cached_bytes = max(self._stats.peak_cached_bytes, self._held_bytes())
         return output
 
@@ -227,6 +239,13 @@ class Cache:
         if ring is None or ring.shape != call.shape:
             self._rings[call.branch] = _Ring(call.shape, call.step)
         return None
+
+    def _correction(self, ring: _Ring, step: int) -> tuple[Term, ...] | None:
+        """What is to be added to what this key step hands on; None where the values it takes are not there."""
+        terms = self._schedule_of(ring).corrections.get(step) if self._left else None
+        if terms is None or not all(term.key_step in ring.values or term.key_step == step for term in terms):
+            return None
+        return terms
 
     def _wanted(self, call: Call) -> bool:
         """Whether a later step may be predicted from this one's value."""
@@ -244,10 +263,14 @@ class Cache:
 
     def end_step(self, step: int, moved: Moved) -> None:
         for ring in self._rings.values():
-            if ring.values:
-                last_uses = self._schedule_of(ring).last_uses
-                for key in [key for key in ring.values if last_uses[key] <= step - ring.start]:
-                    del ring.values[key]
+            self._forget(ring, step - ring.start)
+
+    def _forget(self, ring: _Ring, step: int) -> None:
+        """Drops values that no step after this one is made from."""
+        if ring.values:
+            last_uses = self._schedule_of(ring).last_uses
+            for key in [key for key in ring.values if last_uses[key] <= step]:
+                del ring.values[key]
 
     def end(self) -> None:
         self._rings.clear()

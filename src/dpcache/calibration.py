@@ -11,9 +11,10 @@ import numpy as np
 import numpy.typing as npt
 
 from .calibration_file import TENSORS, Facts, read, write
+from .corrections import corrected
 from .costs import CostTensor, sampler_cost, schedule_cost
 from .errors import CalibrationError, GridError
-from .grids import NoiseGrid, left_out_error
+from .grids import Frame, NoiseGrid, frame, left_out_error
 from .interpolation import asked_grid, on_grid
 from .planner import Objective, Plan, plan, plan_all
 from .predictors import Fitted, Predictor, Taylor, chosen_ridge
@@ -164,6 +165,7 @@ class Calibration:
         last_key_steps: int = 0,
         max_gap: int | None = None,
         objective: Objective = "sum",
+        correct: bool | None = None,
     ) -> Schedule:
         """The best schedule with this many key steps, for this speedup, or within this error.
 
@@ -183,6 +185,7 @@ class Calibration:
             last_key_steps: as in `dpcache.plan`.
             max_gap: as in `dpcache.plan`.
             objective: as in `dpcache.plan`.
+            correct: as in `schedule`; unless given all but the paper's method do.
 
         Raises:
             CalibrationError: as `cost`; or `max_error` is wanted of a calibration that has measured no errors.
@@ -208,7 +211,8 @@ class Calibration:
         else:
             budget = _budget(there.facts.num_inference_steps, num_key_steps, speedup)
         found = plan(cost, budget, **limits)
-        schedule = there.schedule(found.key_steps, predictor, order)
+        correct = method != "paper" if correct is None else correct
+        schedule = there.schedule(found.key_steps, predictor, order, correct=correct)
         source = f"planned by {method} cost from {self.facts.num_inputs} calibration inputs{there._interpolated()}"
         expected = there.expected_error(schedule) if len(there.tried) else None
         return schedule.model_copy(update={"cost": found.cost, "expected_error": expected, "source": source})
@@ -310,16 +314,36 @@ class Calibration:
         return math.log(max(schedule_cost(self.gram, self.weights(), schedule), 1e-30)) / 2
 
     def schedule(
-        self, key_steps: Sequence[int], predictor: PredictorName = "taylor", order: int | None = None
+        self,
+        key_steps: Sequence[int],
+        predictor: PredictorName = "taylor",
+        order: int | None = None,
+        *,
+        correct: bool = True,
     ) -> Schedule:
-        """A schedule with key steps of your choice, for the model and boundary of this calibration."""
-        return Schedule.from_key_steps(
+        """A schedule with key steps of your choice, for the model and boundary of this calibration.
+
+        Args:
+            key_steps: increasing, the first is 0.
+            predictor: as in `predictor`.
+            order: as in `predictor`.
+            correct: whether key steps make up for errors of the skipped steps before them (see `dpcache.corrections`).
+                They cannot where the scheduler's steps are of no known kind.
+        """
+        schedule = Schedule.from_key_steps(
             key_steps,
             self.facts.num_inference_steps,
             predictor=self.predictor(predictor, order),
             boundary=self.facts.boundary,
             model=self.facts.model,
         )
+        if not correct or self._frame is None:
+            return schedule
+        return corrected(schedule, self.gram.mean(axis=0), self._frame)
+
+    @cached_property
+    def _frame(self) -> Frame | None:
+        return frame(self.grid) if self.grid is not None and len(self.gram) else None
 
     def plan_all(
         self,

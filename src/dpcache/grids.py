@@ -68,6 +68,34 @@ class NoiseGrid:
         return len(self.sigmas) == len(other.sigmas) and np.allclose(self.sigmas, other.sigmas, rtol=1e-4, atol=1e-6)
 
 
+@dataclass(frozen=True, eq=False)
+class Frame:
+    """A sampling loop seen so that a step adds a multiple of the model's output to the sample and does nothing else.
+
+    Attributes:
+        moves: float64 [T], the multiple.
+        reaction: float64 [T], how much the model's output at a step grows per unit by which the sample there is off,
+            along it: that of a model which gives the same clean picture all the same.
+    """
+
+    moves: Array
+    reaction: Array
+
+
+def frame(grid: NoiseGrid) -> Frame | None:
+    """How the sample moves on a grid, in the scale of the clean picture; None if the steps are of no known kind."""
+    kind = _recorded_kind(grid) if grid.influence is not None else None
+    if kind is None or not (grid.sigmas[:-1] > 0).all():
+        return None
+    levels, steps = grid.sigmas[:-1], np.diff(grid.sigmas)
+    if kind in (_euler, _preserving):
+        return Frame(steps, 1 / levels)
+    # v is (signal x noise - share of noise x picture), so a step also multiplies the sample.
+    signal = _signal(levels)
+    scale = np.cumprod(1 + steps * levels * signal**2)
+    return Frame(steps * signal / scale, signal / levels * np.append(1, scale[:-1]))
+
+
 def require_within(grid: NoiseGrid, recorded: NoiseGrid) -> None:
     """Checks that a grid is one that can be interpolated to.
 

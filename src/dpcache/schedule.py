@@ -17,7 +17,7 @@ from .predictors import Predictor, Taylor
 Boundary = Literal["blocks", "output"]
 
 FORMAT = "dpcache.schedule"
-VERSION = 3
+VERSION = 4
 
 
 class ModelIdentity(BaseModel):
@@ -62,6 +62,11 @@ class Schedule(BaseModel):
     order: int = Field(ge=0, description="Highest order of the prediction: it uses at most order + 1 cached values.")
     predictions: dict[int, tuple[Term, ...]] = Field(
         description="For every skipped step, the linear combination of cached values that predicts it."
+    )
+    corrections: dict[int, tuple[Term, ...]] = Field(
+        default_factory=dict,
+        description="For some key steps, the linear combination of cached values, its own among them, that is added to "
+        "what it hands on; it makes up for errors of the skipped steps before it. What it caches stays as computed.",
     )
     model: ModelIdentity | None = Field(default=None, description="The model it was made for; None admits any.")
     cost: float | None = Field(default=None, description="The plan's cost, in the unit of its calibration.")
@@ -157,13 +162,22 @@ class Schedule(BaseModel):
             for step in late.predictions
             if (terms := self.predictions[step + start])[0].key_step >= start
         }
-        return late.model_copy(update={"predictor": self.predictor, "predictions": {**late.predictions, **known}})
+        kept = {"predictor": self.predictor, "predictions": {**late.predictions, **known}}
+        hops = pairwise(late.key_steps)
+        # A correction fits the predictions that it was made for.
+        as_planned = {key for before, key in hops if all(step in known for step in range(before + 1, key))}
+        kept["corrections"] = {
+            key - start: tuple(Term(key_step=term.key_step - start, coefficient=term.coefficient) for term in terms)
+            for key, terms in self.corrections.items()
+            if terms[0].key_step >= start and key - start in as_planned
+        }
+        return late.model_copy(update=kept)
 
     @cached_property
     def last_uses(self) -> dict[int, int]:
-        """For every key step, the last step that is predicted from it; the key step itself if there is none."""
+        """For every key step, the last step that is made from it; the key step itself if there is none."""
         uses = {key: key for key in self.key_steps}
-        for step, terms in sorted(self.predictions.items()):
+        for step, terms in sorted([*self.predictions.items(), *self.corrections.items()]):
             uses.update({term.key_step: step for term in terms})
         return uses
 
@@ -181,6 +195,12 @@ class Schedule(BaseModel):
                 raise ValueError(f"step {step} must be predicted from 1 to {self.order + 1} different key steps")
             if not set(used) <= set(keys) or used[-1] >= step:
                 raise ValueError(f"step {step} must be predicted from key steps before it, got {used}")
+        for key, terms in self.corrections.items():
+            used = [term.key_step for term in terms]
+            if key not in keys or not used or len(used) > self.order + 2 or sorted(set(used)) != used:
+                raise ValueError(f"key step {key} must be corrected by 1 to {self.order + 2} different key steps")
+            if not set(used) <= set(keys) or used[-1] > key:
+                raise ValueError(f"key step {key} must be corrected by key steps up to itself, got {used}")
         return self
 
     @property
