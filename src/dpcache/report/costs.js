@@ -72,10 +72,10 @@ class Explorer {
     return this.hops[this.which.value].reduce((a, b) => cost(b) > cost(a) ? b : a);
   }
 
-  // To the schedule's hop before or after the key step that is picked.
+  // To the schedule's next hop in this direction, or the nearest if none is picked.
   goOn(direction) {
     const hops = this.hops[this.which.value], at = hops.findIndex((hop) => this.isPicked(hop));
-    const near = direction > 0 ? hops.findIndex(([, j]) => j > this.j) : hops.findLastIndex(([, j]) => j < this.j);
+    const near = direction > 0 ? hops.findIndex(([, j]) => j > this.j) : hops.findLastIndex(([, j]) => j <= this.j);
     const to = at < 0 ? near : at + direction;
     if (hops[to]) this.pick(...hops[to]);
   }
