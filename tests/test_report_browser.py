@@ -371,7 +371,7 @@ def test_the_explorer_walks_the_hops_of_a_schedule(show, pictures):
     for hop in hops:
         assert picked(page) == hop
         share = float(page.locator("#hop").inner_text().partition("makes this hop, ")[2].partition(" %")[0])
-        assert share == pytest.approx(100 * cost[hop] / total, rel=0.06)
+        assert share == pytest.approx(100 * cost[hop] / total, rel=6e-3)
         assert "K = 5, planned" in page.locator("#curve .name").all_text_contents()
         ring, point = page.locator("#curve .real"), page.locator("#curve .here")
         places = [(one.get_attribute("cx"), one.get_attribute("cy")) for one in ring.all()]

@@ -37,13 +37,20 @@ class Tensor {
 
 function draw(name, attributes, parent, text) {
   const element = document.createElementNS(SVG, name);
-  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+  place(element, attributes);
   if (text !== undefined) element.textContent = text;
   parent.append(element);
   return element;
 }
 
-const number = (value) => value === 0 ? "0" : value >= 0.01 && value < 1e5 ? `${+value.toPrecision(3)}` : value.toExponential(2);
+function number(value) {
+  if (value === 0) return "0";
+  return value >= 0.01 && value < 1e5 ? `${+value.toPrecision(3)}` : value.toExponential(2);
+}
+
+function place(element, attributes) {
+  for (const [key, value] of Object.entries(attributes)) element.setAttribute(key, value);
+}
 
 class Explorer {
   constructor(data) {
@@ -56,7 +63,9 @@ class Explorer {
     }));
     this.which = document.getElementById("hops-of");
     this.sliders = ["before", "key", "next"].map((id) => document.getElementById(id));
-    for (const slider of this.sliders) slider.addEventListener("input", () => this.pick(...this.sliders.map((s) => s.valueAsNumber)));
+    for (const slider of this.sliders) {
+      slider.addEventListener("input", () => this.pick(...this.sliders.map((one) => one.valueAsNumber)));
+    }
     this.which.addEventListener("change", () => this.pick(...this.dearest()));
     document.getElementById("earlier").addEventListener("click", () => this.goOn(-1));
     document.getElementById("later").addEventListener("click", () => this.goOn(1));
@@ -87,8 +96,9 @@ class Explorer {
     this.j = Math.min(Math.max(j, 0), this.steps - 1);
     const befores = this.tensor.befores(this.j);
     this.i = Math.min(Math.max(i, befores[0]), befores.at(-1));
-    this.k = Math.min(Math.max(k, this.j + 1), this.j + this.tensor.reach(this.j));
-    const limits = [[befores[0], befores.at(-1)], [0, this.steps - 1], [this.j + 1, this.j + this.tensor.reach(this.j)]];
+    const last = this.j + this.tensor.reach(this.j);
+    this.k = Math.min(Math.max(k, this.j + 1), last);
+    const limits = [[befores[0], befores.at(-1)], [0, this.steps - 1], [this.j + 1, last]];
     for (const [n, value] of [this.i, this.j, this.k].entries()) {
       const slider = this.sliders[n];
       [slider.min, slider.max] = limits[n];
@@ -112,7 +122,7 @@ class Explorer {
     for (const [name, hops] of Object.entries(this.hops)) {
       if (!hops.some((hop) => this.isPicked(hop))) continue;
       const total = hops.reduce((sum, hop) => sum + tensor.at(...hop), 0);
-      const share = total > 0 && total < Infinity ? `, ${(100 * cost / total).toPrecision(2)} % of its cost` : "";
+      const share = total > 0 && total < Infinity ? `, ${number((100 * cost) / total)} % of its cost` : "";
       parts.push(`${name} makes this hop${share}.`);
     }
     const best = tensor.befores(j).reduce((a, b) => tensor.at(b, j, k) < tensor.at(a, j, k) ? b : a);
@@ -134,16 +144,17 @@ class Explorer {
 
   x(k) { return LEFT + ((RIGHT - LEFT) * (k - this.first)) / (this.steps - this.first); }
 
+  // What costs nothing has no place on a logarithmic scale and is put at its lower end.
   y(cost) {
-    const at = cost > 0 ? (Math.log10(cost) - this.bottom) / (this.top - this.bottom) : 0; // no place for 0 on the scale
+    const at = cost > 0 ? (Math.log10(cost) - this.bottom) / (this.top - this.bottom) : 0;
     return BOTTOM - (BOTTOM - TOP) * at;
   }
 
   prepareCurve() {
     this.svg = document.getElementById("curve");
-    const middle = (TOP + BOTTOM) / 2;
-    draw("text", { x: (LEFT + RIGHT) / 2, y: BOTTOM + 35, "text-anchor": "middle" }, this.svg, `next key step k (${this.steps} is the end)`);
-    draw("text", { x: 14, y: middle, "text-anchor": "middle", transform: `rotate(-90 14 ${middle})` }, this.svg, "cost of the hop");
+    const centred = { "text-anchor": "middle" }, across = (LEFT + RIGHT) / 2, down = (TOP + BOTTOM) / 2;
+    draw("text", { ...centred, x: across, y: BOTTOM + 35 }, this.svg, `next key step k (${this.steps} is the end)`);
+    draw("text", { ...centred, x: 14, y: down, transform: `rotate(-90 14 ${down})` }, this.svg, "cost of the hop");
     this.plot = draw("g", {}, this.svg);
     this.svg.addEventListener("click", (event) => {
       const box = this.svg.getBoundingClientRect(), x = ((event.clientX - box.left) * WIDTH) / box.width;
@@ -207,8 +218,8 @@ class Explorer {
       const [i, , k] = hop, x = this.x(k), y = this.y(this.tensor.at(...hop)), left = x > (LEFT + RIGHT) / 2;
       draw("circle", { class: "real", cx: x, cy: y, r: 8 }, this.plot);
       lowest = Math.min(y - 8, lowest - 15);
-      const place = { x: x + (left ? -13 : 13), y: Math.max(lowest, TOP), "text-anchor": left ? "end" : "start" };
-      draw("text", { class: "name", ...place }, this.plot, i === this.i ? name : `${name}, from ${i}`);
+      const at = { x: x + (left ? -13 : 13), y: Math.max(lowest, TOP), "text-anchor": left ? "end" : "start" };
+      draw("text", { class: "name", ...at }, this.plot, i === this.i ? name : `${name}, from ${i}`);
     }
   }
 
@@ -219,8 +230,10 @@ class Explorer {
     this.row = draw("rect", { class: "row" }, this.map);
     this.cell = draw("rect", { class: "cell" }, this.map);
     this.map.addEventListener("click", (event) => {
-      const box = this.map.getBoundingClientRect(), view = this.map.viewBox.baseVal, [left, top, width, height] = this.area;
-      const x = ((event.clientX - box.left) * view.width) / box.width - left, y = ((event.clientY - box.top) * view.height) / box.height - top;
+      const box = this.map.getBoundingClientRect(), view = this.map.viewBox.baseVal;
+      const [left, top, width, height] = this.area;
+      const x = ((event.clientX - box.left) * view.width) / box.width - left;
+      const y = ((event.clientY - box.top) * view.height) / box.height - top;
       if (x < 0 || y < 0 || x > width || y > height) return;
       const j = Math.floor((y / height) * this.steps), k = Math.floor((x / width) * (this.steps + 1));
       if (k <= j) return;
@@ -232,9 +245,9 @@ class Explorer {
 
   markMap() {
     const [left, top, width, height] = this.area, wide = width / (this.steps + 1), high = height / this.steps;
-    const place = { x: left + (this.j + 1) * wide, y: top + this.j * high, width: (this.steps - this.j) * wide, height: high };
-    for (const [key, value] of Object.entries(place)) this.row.setAttribute(key, value);
-    for (const [key, value] of Object.entries({ ...place, x: left + this.k * wide, width: wide })) this.cell.setAttribute(key, value);
+    const row = { y: top + this.j * high, height: high };
+    place(this.row, { ...row, x: left + (this.j + 1) * wide, width: (this.steps - this.j) * wide });
+    place(this.cell, { ...row, x: left + this.k * wide, width: wide });
   }
 }
 

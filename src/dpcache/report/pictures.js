@@ -70,7 +70,8 @@ class Case {
     under.classList.replace("as-made", "under");
     under.setAttribute("aria-hidden", "true");
     stage.prepend(under);
-    const slider = Object.assign(document.createElement("input"), { type: "range", min: 0, max: 100, className: "divide" });
+    const slider = document.createElement("input");
+    Object.assign(slider, { type: "range", min: 0, max: 100, className: "divide" });
     slider.setAttribute("aria-label", `Full on the left, cached on the right, ${name}`);
     slider.addEventListener("input", () => this.move(slider.valueAsNumber));
     const handle = Object.assign(document.createElement("span"), { className: "handle", ariaHidden: "true" });
