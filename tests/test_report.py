@@ -1,8 +1,10 @@
 """The report: one page, complete in itself, that tells what the comparisons say and nothing else."""
 
 import base64
+import hashlib
 import importlib
 import io
+import json
 import math
 import re
 import sys
@@ -19,15 +21,17 @@ from dpcache.comparison import Comparison, Sample
 from dpcache.metrics import psnr, ssim
 from dpcache.planner import Plan
 from dpcache.report import write_report
-from dpcache.report.page import path_cost, schedule_names
-from dpcache.report.pictures import LONGEST_SIDE, common_scale, embed
+from dpcache.report.explorer import explorer_data, path_cost
+from dpcache.report.page import schedule_names
+from dpcache.report.pictures import LONGEST_SIDE, amplification, common_scale, embed, embed_difference
 from dpcache.report.plots import trade_off
+from dpcache.report.timeline import timeline
 from dpcache.schedule import ModelIdentity, Schedule
 
 REFERENCE = Path(__file__).parent / "reference"
 STEPS = 50
 PROMPTS = ["a red cube", "<script>alert(1)</script>", 'a "quoted" & <b>bold</b> cat']
-VOID = {"meta", "link", "img", "source", "br"}
+VOID = {"meta", "link", "img", "input"}
 
 
 class Page(HTMLParser):
@@ -166,8 +170,14 @@ def test_page_loads_nothing(page):
     links = [value for _, attributes in page.elements for name, value in attributes.items() if name in names]
     assert len(links) > 10
     assert [link[:60] for link in links if not link.startswith(("data:", "#"))] == []
-    assert re.findall(r"url\((?!#)[^)]*\)|@import", page.source) == []
-    assert [tag for tag, _ in page.elements if tag in ("script", "iframe", "object")] == []
+    assert [tag for tag, _ in page.elements if tag in ("iframe", "object", "embed", "form")] == []
+    assert re.findall(r"@import|url\((?!#|.\$)[^)]*\)", page.source) == []
+    code = re.findall(r'<script type="module">(.*?)</script>', page.source, flags=re.DOTALL)
+    (policy,) = [one["content"] for one, _ in page.find("meta") if "http-equiv" in one]
+    digests = [f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in code]
+    assert f"script-src {' '.join(digests)};" in policy
+    assert policy.startswith("default-src 'none';") and len(code) == 4
+    assert {attributes["type"] for attributes, _ in page.find("script")} == {"module", "application/json"}
 
 
 def test_anchors_lead_somewhere_and_ids_are_unique(page):
@@ -204,7 +214,7 @@ def test_every_input_with_its_quality_worst_first(page, comparisons):
 
 
 def test_pictures_survive_exactly(page, comparisons):
-    images = [attributes for attributes, _ in page.find("img")]
+    images = [attributes for attributes, _ in page.find("img", class_="as-made")]
     assert len(images) == len(PROMPTS) * (1 + len(comparisons))
     assert all(attributes["alt"] and "small" in attributes["class"] for attributes in images)
     worst = comparisons[1].samples[2]
@@ -213,14 +223,46 @@ def test_pictures_survive_exactly(page, comparisons):
         np.testing.assert_array_equal(shown, np.round(picture.astype(np.float32) * 255).astype(np.uint8))
 
 
+def test_differences_are_amplified_alike_and_said_to_be(page, comparisons):
+    maps = [attributes for attributes, _ in page.find("img", class_="difference")]
+    assert len(maps) == len(PROMPTS) * len(comparisons)
+    samples = [one.samples[2] for one in comparisons]
+    amplified = amplification(samples[0].full, [sample.cached for sample in samples])
+    assert page.find("span", class_="amplified")[0][1] == f"Difference × {amplified:g}: black is none"
+    for attributes, sample in zip(maps[:2], samples, strict=True):
+        expected = np.abs(sample.full - sample.cached).mean(axis=-1) * amplified
+        shown = np.array(decoded(attributes["src"]))  # places on the scale of colours
+        np.testing.assert_allclose(shown, (expected * 255).clip(0, 255), atol=0.51)
+
+
+@pytest.mark.parametrize(("difference", "expected"), [(0.0, 1), (0.9, 1), (0.04, 20), (0.0011, 500), (1e-7, 5e6)])
+def test_amplification_is_a_round_number(difference, expected):
+    full = np.full((20, 20, 3), 0.05)
+    assert amplification(full, [full, full + difference]) == pytest.approx(expected)
+    black = np.array(decoded(embed_difference(full, full, expected).uri))
+    assert not black.any()
+
+
 def test_timelines(page, comparisons):
     for (attributes, _), one in zip(page.find("ol", class_="timeline"), comparisons, strict=True):
         assert f"K = {one.schedule.num_key_steps}" in attributes["aria-label"]
+    keys = comparisons[0].schedule
     cells = page.find("li", class_="key") + page.find("li", class_="skipped")
     assert len(cells) == STEPS * len(comparisons)
     marked = [int(attributes["data-step"]) for attributes, _ in page.find("li", class_="key")]
     assert marked == [step for one in comparisons for step in one.schedule.key_steps]
     assert all(text == f"{attributes['data-step']} computed" for attributes, text in page.find("li", class_="key"))
+    about = [attributes["data-about"] for attributes, _ in page.find("button") if "data-about" in attributes]
+    assert about[0] == "Step 0, timestep 1000: computed in full."
+    assert about[3].startswith("Step 3, timestep 940: predicted as ")
+    assert all(f"{abs(term.coefficient):.3g} × step {term.key_step}" in about[3] for term in keys.predictions[3])
+
+
+def test_a_prediction_in_words():
+    schedule = Schedule.from_key_steps([0, 2, 4], 8, order=1)
+    said = [step.about for step in timeline(schedule)]
+    assert said[:2] == ["Step 0: computed in full.", "Step 1: predicted as 1 × step 0."]
+    assert said[7] == "Step 7: predicted as 2.5 × step 4 − 1.5 × step 2."
 
 
 def test_table_of_results(page, comparisons):
@@ -243,12 +285,12 @@ def test_table_of_results(page, comparisons):
 
 def test_plots_follow_the_page_colours_and_mark_every_hop(page, comparisons):
     plots = page.find("svg", class_="plot")
-    assert [attributes["id"] for attributes, _ in plots] == ["cost-map", "trade-off"]
+    assert [attributes["id"] for attributes, _ in plots] == ["cost-map", "trade-off", "curve"]
     assert all(attributes["aria-label"] for attributes, _ in plots)
     assert "currentColor" in page.source and "#01010" not in page.source
     for one in comparisons:
         name = f"K = {one.schedule.num_key_steps}"
-        assert all(name in text for _, text in plots)
+        assert all(name in text for _, text in plots[:2])
         assert f"{name}: {one.schedule.cost:,.4g}" in plots[1][0]["aria-label"]
     for number, one in enumerate(comparisons):
         marks = page.source.partition(f'id="cost-map-hops-{number}"')[2].partition(">\n   </g>")[0]
@@ -271,16 +313,23 @@ def test_a_percentile_next_to_identical_pictures_stays_a_number(calibration, tmp
     assert page.find("td", class_="figure")[1][1] == f"{worst:.1f} dB"
 
 
-def test_clips_play_and_have_a_still(calibration, tmp_path):
+def test_clips_survive_frame_by_frame(calibration, tmp_path):
     schedule = calibration.plan(13, max_gap=15, method="paper")
     clips = comparison(schedule, 0.05, shape=(5, 16, 24, 3), prompts=PROMPTS[:2])
     page = write(tmp_path, calibration, [clips])
-    moving = [decoded(attributes["src"]) for attributes, _ in page.find("img")]
-    assert [(image.format, image.n_frames, image.size) for image in moving] == [("WEBP", 5, (24, 16))] * 4
-    stills = [decoded(attributes["srcset"]) for attributes, _ in page.find("source")]
-    np.testing.assert_array_equal(
-        np.asarray(stills[0]), np.round(clips.samples[1].full[0].astype(np.float32) * 255).astype(np.uint8)
-    )
+    worst = clips.samples[1]
+    sides = {"as-made": [worst.full, worst.cached], "difference": [None]}
+    for layer, wanted in sides.items():
+        carried = [json.loads(text) for attributes, text in page.find("script") if attributes.get("data-of") == layer]
+        assert [len(frames) for frames in carried] == [5] * 2 * len(wanted)
+        for frames, clip in zip(carried, wanted, strict=False):
+            images = [decoded(frame) for frame in frames]
+            assert {(image.format, image.size) for image in images} == {("WEBP", (24, 16))}
+            if clip is not None:
+                shown = np.stack([np.asarray(image) for image in images])
+                np.testing.assert_array_equal(shown, np.round(clip.astype(np.float32) * 255).astype(np.uint8))
+    still = np.asarray(decoded(page.find("img")[0][0]["src"]))
+    np.testing.assert_array_equal(still, np.round(worst.full[0].astype(np.float32) * 255).astype(np.uint8))
     assert "makes a clip" in page.find("p", class_="lead")[0][1]
 
 
@@ -288,15 +337,32 @@ def test_same_number_of_key_steps_twice_and_hops_without_cost(calibration, tmp_p
     schedules = [calibration.plan(10, max_gap=15, method="paper"), Schedule.uniform(10, STEPS)]
     page = write(tmp_path, calibration, [comparison(schedule, 0.05) for schedule in schedules])
     names = ["K = 10, planned", "K = 10, uniform"]
-    assert [text for _, text in page.find("h3")][-2:] == names == schedule_names(schedules)
-    captions = page.find("figcaption")[-1][1]
-    assert captions.endswith("no cost for one of its hops: K = 10, uniform.")
+    assert [text for _, text in page.find("h3")][3:5] == names == schedule_names(schedules)
+    (caption,) = [text for _, text in page.find("figcaption") if text.startswith("Cost against K")]
+    assert caption.endswith("no cost for one of its hops: K = 10, uniform.")
     assert schedule_names([schedules[1]] * 2) == ["K = 10, no. 1", "K = 10, no. 2"]
 
 
 def test_path_cost_is_what_the_planner_adds_up(calibration):
     for keys, plan in calibration.plan_all(max_gap=15, method="paper").items():
         assert path_cost(calibration.paper_cost, plan.key_steps) == pytest.approx(plan.cost, rel=1e-12), keys
+
+
+@pytest.mark.parametrize("most_values", [1_000_000, 2_000])
+def test_the_explorer_carries_the_cost_tensor(calibration, most_values):
+    cost = calibration.cost("paper")
+    data = explorer_data(cost, {"K = 3": (0, 1, 2)}, most_values)
+    values = np.frombuffer(base64.b64decode(data["cost"]), "<f4")
+    widest = data["widest"]
+    hops = [
+        (i, j, k)
+        for j in range(STEPS)
+        for i in range(max(j - widest, 0), max(j, 1))
+        for k in range(j + 1, min(j + widest, STEPS) + 1)
+    ]
+    assert len(values) == len(hops) <= most_values
+    assert widest == STEPS if most_values > 500_000 else 5 < widest < STEPS
+    np.testing.assert_allclose(values, [cost[hop] for hop in hops], rtol=1e-6)
 
 
 def test_without_a_calibration_the_page_says_nothing_of_costs(comparisons, tmp_path):
@@ -308,16 +374,17 @@ def test_without_a_calibration_the_page_says_nothing_of_costs(comparisons, tmp_p
 
 def test_the_curve_is_logarithmic_although_all_steps_cost_nothing():
     plans = {keys: Plan(tuple(range(keys)), cost) for keys, cost in ((1, 100.0), (2, 1.0), (3, 0.01), (4, 0.0))}
-    drawn = trade_off(plans, {"K = 4": (4, 0.0), "K = 2": (2, 1.0)}, "a curve")
+    drawn = trade_off(plans, {"K = 4": (4, 0.0), "K = 2": (2, 1.0)}, 4, "a curve")
     labels = set(re.findall(r">([\d.]+)</text>", drawn))
     assert {"0.01", "1", "100"} <= labels, labels
+    assert {"1.5×", "2×", "3×"} <= set(re.findall(r">([\d.]+×)</text>", drawn))
 
 
 def test_costs_all_zero_and_no_plans(calibration, tmp_path):
     flat = published(calibration.facts, np.zeros_like(calibration.paper_cost))
     page = write(tmp_path, flat, [comparison(flat.plan(13, method="paper"), 0.05)], plans={})
-    assert len(page.find("svg", class_="plot")) == 2
-    assert page.find("table", class_="plans") == []
+    assert len(page.find("svg", class_="plot")) == 3
+    assert [one.get("id") for one, _ in page.find("table", class_="plans")] == ["hop-costs"]
 
 
 def test_large_pictures_are_reduced():

@@ -1,12 +1,15 @@
 """Calibration, comparisons and plans -> the page."""
 
+import base64
+import hashlib
 import math
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib import resources
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
@@ -20,8 +23,13 @@ from dpcache.files import write_whole
 from dpcache.planner import Plan
 from dpcache.schedule import Schedule
 
-from .pictures import Embedded, common_scale, embed
-from .plots import cost_map, trade_off
+from .explorer import explorer_data, path_cost
+from .pictures import Embedded, amplification, common_scale, embed, embed_difference
+from .plots import MAP_AREA, cost_map, trade_off
+from .timeline import timeline
+
+#: What the page's scripts are made of, each a module of its own.
+SCRIPTS = ("theme.js", "pictures.js", "schedules.js", "costs.js")
 
 
 @dataclass(frozen=True)
@@ -44,22 +52,33 @@ class Row:
 
 @dataclass(frozen=True)
 class Shot:
-    """One picture or clip with what is written below it."""
+    """One picture or clip with what is written below it; of a cached one also what differs from the full one."""
 
-    heading: str
+    name: str
     psnr: str
     ssim: str
     alt: str
     media: Embedded
+    difference: Embedded | None = None
 
 
 @dataclass(frozen=True)
 class Case:
-    """One input: drawn in full, then with each schedule."""
+    """One input: drawn in full, then with each schedule; differences all amplified by the same number."""
 
+    number: int
     label: str
     seed: int
+    amplified: str
     shots: tuple[Shot, ...]
+
+
+@dataclass(frozen=True)
+class Script:
+    """One of the page's scripts, and its digest, by which the page's policy admits it and nothing else."""
+
+    source: Markup
+    digest: str
 
 
 def write_report(
@@ -75,8 +94,9 @@ def write_report(
 ) -> Path:
     """Writes one HTML page, complete in itself, for readers who have never heard of the method.
 
-    The page loads nothing: styles, figures and pictures are inside. Pictures are reduced where they would make it too
-    heavy for a browser; the figures are always of the originals.
+    The page loads nothing and may not: styles, scripts, figures and pictures are inside, and its own policy forbids
+    connections and any script but these. Pictures are reduced where they would make it too heavy for a browser; the
+    figures are always of the originals.
 
     Args:
         path: the file; written whole or not at all.
@@ -98,8 +118,10 @@ def write_report(
     _check(calibration, comparisons)
     names = schedule_names([comparison.schedule for comparison in comparisons])
     named = dict(zip(names, comparisons, strict=True))
-    everything = [s.full for s in comparisons[0].samples] + [s.cached for c in comparisons for s in c.samples]
-    scale = common_scale(everything)
+    cached = [sample.cached for comparison in comparisons for sample in comparison.samples]
+    # Every cached picture comes with one of its differences.
+    scale = common_scale([sample.full for sample in comparisons[0].samples] + 2 * cached)
+    timesteps = calibration.facts.timesteps if calibration else ()
     environment = Environment(
         loader=PackageLoader("dpcache.report", "."),
         autoescape=True,
@@ -117,11 +139,13 @@ def write_report(
         rows=[_row(name, comparison) for name, comparison in named.items()],
         cases=_cases(named, scale),
         scale=scale,
-        schedules={name: comparison.schedule for name, comparison in named.items()},
+        timelines={name: timeline(comparison.schedule, timesteps) for name, comparison in named.items()},
         plans=dict(sorted(plans.items())),
         facts={**(_calibration_facts(calibration) if calibration else {}), **facts, **_versions()},
         method=method,
         figures=_figures(calibration.cost(method), named, plans) if calibration else None,
+        style=Markup(_part("page.css")),
+        scripts=[_script(name) for name in SCRIPTS],
     )
     return write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
 
@@ -133,12 +157,6 @@ def schedule_names(schedules: Sequence[Schedule]) -> list[str]:
     longer = [f"{name}, {origin}" for name, origin in zip(short, origins, strict=True)]
     numbered = [f"{name}, no. {number}" for number, name in enumerate(short, start=1)]
     return next(names for names in (short, longer, numbered) if len(set(names)) == len(names))
-
-
-def path_cost(cost: CostTensor, key_steps: Sequence[int]) -> float:
-    """Cost of these key steps in a cost tensor, the final hop to step T included."""
-    stops = [key_steps[0], *key_steps, cost.shape[1] - 1]
-    return float(sum(cost[i, j, k] for (i, j), (_, k) in pairwise(pairwise(stops))))
 
 
 def decibels(value: float) -> str:
@@ -251,24 +269,24 @@ def _cases(named: Mapping[str, Comparison], scale: float) -> list[Case]:
 def _case(number: int, samples: Mapping[str, Sample], scale: float) -> Case:
     first = next(iter(samples.values()))
     label = first.label or f"input {number}"
+    amplified = amplification(first.full, [sample.cached for sample in samples.values()])
     full = Shot("Full", "", "", f"{label}, seed {first.seed}, drawn in full", embed(first.full, scale))
     cached = [
         Shot(
-            f"Cached, {name}",
+            name,
             decibels(sample.psnr),
             f"{sample.ssim:.3f}",
             f"{label}, seed {sample.seed}, drawn with {name}: PSNR {decibels(sample.psnr)}",
             embed(sample.cached, scale),
+            embed_difference(sample.full, sample.cached, amplified, scale),
         )
         for name, sample in samples.items()
     ]
-    return Case(label, first.seed, (full, *cached))
+    return Case(number, label, first.seed, f"{amplified:,.0f}", (full, *cached))
 
 
-def _figures(
-    cost: CostTensor, named: Mapping[str, Comparison], plans: Mapping[int, Plan]
-) -> dict[str, "Markup | list[str]"]:
-    """The two plots, and the schedules that the second cannot show because the calibration has no cost for them."""
+def _figures(cost: CostTensor, named: Mapping[str, Comparison], plans: Mapping[int, Plan]) -> dict[str, Any]:
+    """The plots, what the explorer needs, and the schedules that have no place on the curve for want of a cost."""
     keys = {name: comparison.schedule.key_steps for name, comparison in named.items()}
     chosen = {name: (len(steps), path_cost(cost, steps)) for name, steps in keys.items()}
     costs = "; ".join(f"{name}: {cost:,.4g}" for name, (_, cost) in chosen.items() if math.isfinite(cost))
@@ -276,9 +294,20 @@ def _figures(
     about_curve = f"Curve of cost against the number of key steps. Marked: {costs or 'nothing'}."
     return {
         "cost_map": Markup(cost_map(cost, keys, about_map)),
-        "trade_off": Markup(trade_off(plans, chosen, about_curve)),
+        "trade_off": Markup(trade_off(plans, chosen, cost.shape[1] - 1, about_curve)),
         "without_cost": [name for name, (_, cost) in chosen.items() if not math.isfinite(cost)],
+        "explorer": {**explorer_data(cost, keys), "map_area": MAP_AREA},
     }
+
+
+def _part(name: str) -> str:
+    return resources.files("dpcache.report").joinpath(name).read_text(encoding="utf-8")
+
+
+def _script(name: str) -> Script:
+    source = _part(name)
+    digest = base64.b64encode(hashlib.sha256(source.encode()).digest()).decode("ascii")
+    return Script(Markup(source), f"sha256-{digest}")
 
 
 def _calibration_facts(calibration: Calibration) -> dict[str, str]:

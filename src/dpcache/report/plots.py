@@ -30,6 +30,12 @@ _PAGE_COLOURS = {
 _MARKERS = "osD^vPX"
 _TICKS = (1, 2, 5, 10)
 _WIDTH, _HEIGHT = 5.4, 4.9  # inches at 72 points: half a page, and text still legible on a telephone
+_MAP = (0.115, 0.115, 0.86, 0.86)
+#: Left, top, width and height of the heat map's cells within its SVG, in the units of that SVG.
+MAP_AREA = tuple(
+    round(72 * share, 3)
+    for share in (_WIDTH * _MAP[0], _HEIGHT * (1 - _MAP[1] - _MAP[3]), _WIDTH * _MAP[2], _HEIGHT * _MAP[3])
+)
 
 
 def cheapest_hops(cost: Array) -> Array:
@@ -48,7 +54,7 @@ def cost_map(cost: Array, schedules: Mapping[str, Sequence[int]], description: s
     hops = cheapest_hops(cost)
     steps = hops.shape[0]
     with _figure() as figure:
-        axes = figure.add_axes((0.115, 0.115, 0.86, 0.86))
+        axes = figure.add_axes(_MAP)
         _heat(figure, axes, hops)
         _mark_hops(axes, schedules, steps)
         axes.set(xlim=(-0.5, steps + 0.5), ylim=(steps - 0.5, -0.5))
@@ -63,12 +69,15 @@ def cost_map(cost: Array, schedules: Mapping[str, Sequence[int]], description: s
         return _svg(figure, "cost-map", description)
 
 
-def trade_off(plans: Mapping[int, Plan], chosen: Mapping[str, tuple[int, float]], description: str) -> str:
-    """SVG curve of the plan's cost against the number of key steps K, the chosen schedules marked.
+def trade_off(
+    plans: Mapping[int, Plan], chosen: Mapping[str, tuple[int, float]], num_inference_steps: int, description: str
+) -> str:
+    """SVG curve of the plan's cost against the number of key steps K and the speedup T/K, the chosen schedules marked.
 
     Args:
         plans: {K: the best plan}.
         chosen: {name: (K, cost)}; a schedule that is no plan lies above the curve.
+        num_inference_steps: T.
         description: what it shows, for readers who cannot see it.
     """
     curve = [(budget, plan.cost) for budget, plan in sorted(plans.items())]
@@ -79,7 +88,7 @@ def trade_off(plans: Mapping[int, Plan], chosen: Mapping[str, tuple[int, float]]
         marks = {name: (budget, cost) for name, (budget, cost) in marks.items() if cost > 0}
     costs = [cost for _, cost in [*curve, *marks.values()]]
     with _figure() as figure:
-        axes = figure.add_axes((0.15, 0.115, 0.83, 0.81))
+        axes = figure.add_axes((0.18, 0.115, 0.79, 0.755))
         if curve:
             axes.plot(*zip(*curve, strict=True), color=MUTED, linewidth=1.4, marker="o", markersize=2.6)
         for number, (budget, cost) in enumerate(marks.values()):
@@ -90,8 +99,9 @@ def trade_off(plans: Mapping[int, Plan], chosen: Mapping[str, tuple[int, float]]
         axes.grid(color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel("number of key steps K")
-        axes.set_title("cost", loc="left", fontsize=11.5, color=INK)
+        axes.set_ylabel("cost")
         axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=_TICKS))
+        _speedup_scale(axes, num_inference_steps)
         _name_marks(axes, marks)
         return _svg(figure, "trade-off", description)
 
@@ -163,6 +173,20 @@ def _name_marks(axes: Any, marks: Mapping[str, tuple[int, float]]) -> None:
             fontweight="bold",
             gid=f"name-{len(placed)}",  # the page draws a rim: matplotlib's own would turn the text into outlines
         )
+
+
+def _speedup_scale(axes: Any, steps: int) -> None:
+    """T/K along the top, at speedups that people think in, as many as have room."""
+    low, high = axes.get_xlim()
+    axes.set_xlim(low, high)
+    speedups: list[float] = []
+    for speedup in (1, 1.5, 2, 3, 5, 10, 20, 50, 100):
+        place = steps / speedup
+        if low <= place <= high and (not speedups or steps / speedups[-1] - place > 0.09 * (high - low)):
+            speedups.append(speedup)
+    top = axes.secondary_xaxis("top")
+    top.set_ticks([steps / speedup for speedup in speedups], [f"{speedup:g}×" for speedup in speedups])
+    top.set_xlabel("speedup T/K", labelpad=7)
 
 
 def _log_scale(axes: Any, low: float, high: float) -> None:
