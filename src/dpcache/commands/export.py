@@ -10,9 +10,7 @@ import typer
 def export(
     schedule: Annotated[Path, typer.Argument(help="A schedule file.")],
     to: Annotated[Literal["cache-dit", "sglang", "vllm-omni"], typer.Option("--to", help="For which program.")],
-    output: Annotated[
-        Path | None, typer.Option("--output", "-o", help="What to write; printed if not given.")
-    ] = None,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="What to write; printed if not given.")] = None,
     as_settings: Annotated[bool, typer.Option("--json", help="Settings as JSON instead of text to paste.")] = False,
 ) -> None:
     """Prints a schedule's key steps as a step mask for cache-dit, or as settings of an engine that embeds it.

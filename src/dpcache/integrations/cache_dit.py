@@ -74,7 +74,9 @@ class Export:
         try:
             import cache_dit
         except ImportError as error:
-            raise ExportError('cache-dit is not installed: pip install "dpcache[bench]" or cache-dit itself.') from error
+            raise ExportError(
+                'cache-dit is not installed: pip install "dpcache[bench]" or cache-dit itself.'
+            ) from error
         taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=self.order) if self.order else None
         return {"cache_config": cache_dit.DBCacheConfig(**self.cache_config), "calibrator_config": taylor}
 
@@ -262,7 +264,9 @@ def _pattern(first: int, in_a_row: int, steps: int) -> list[int]:
 
 
 def _heading(mask: Sequence[int]) -> str:
-    return f"From a dpcache schedule: {sum(mask)} of {len(mask)} steps in full. Call with num_inference_steps={len(mask)}."
+    return (
+        f"From a dpcache schedule: {sum(mask)} of {len(mask)} steps in full. Call with num_inference_steps={len(mask)}."
+    )
 
 
 def _comments(*sentences: str) -> str:
