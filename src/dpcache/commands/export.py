@@ -18,15 +18,12 @@ def export(
     What cannot be carried over, like tuned coefficients, is told in notes. SGLang reads the JSON for cache-dit with
     `--backend diffusers --cache-dit-config`.
     """
-    from ..files import write_whole
-    from ..integrations import cache_dit
-    from ..schedule import Schedule
+    from dpcache.files import write_whole
+    from dpcache.integrations import cache_dit
+    from dpcache.schedule import Schedule
 
     found = Schedule.load(schedule)
-    if as_settings:
-        text = json.dumps(cache_dit.as_json(found, to), indent=1) + "\n"
-    else:
-        text = cache_dit.text(found, to)
+    text = json.dumps(cache_dit.as_json(found, to), indent=1) + "\n" if as_settings else cache_dit.text(found, to)
     if output is None:
         typer.echo(text, nl=False)
     else:

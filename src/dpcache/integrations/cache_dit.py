@@ -18,8 +18,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..errors import ExportError
-from ..schedule import Schedule
+from dpcache.errors import ExportError
+from dpcache.schedule import Schedule
 
 Target = Literal["cache-dit", "sglang", "vllm-omni"]
 
