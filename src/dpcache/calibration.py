@@ -313,13 +313,14 @@ class Calibration:
         self, key_steps: Sequence[int], predictor: PredictorName = "taylor", order: int | None = None
     ) -> Schedule:
         """A schedule with key steps of your choice, for the model and boundary of this calibration."""
-        return Schedule.from_key_steps(
+        schedule = Schedule.from_key_steps(
             key_steps,
             self.facts.num_inference_steps,
             predictor=self.predictor(predictor, order),
             boundary=self.facts.boundary,
             model=self.facts.model,
         )
+        return schedule.model_copy(update={"sigmas": self.facts.sigmas})
 
     def plan_all(
         self,

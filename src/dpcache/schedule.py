@@ -64,6 +64,10 @@ class Schedule(BaseModel):
         description="For every skipped step, the linear combination of cached values that predicts it."
     )
     model: ModelIdentity | None = Field(default=None, description="The model it was made for; None admits any.")
+    sigmas: tuple[float, ...] | None = Field(
+        default=None,
+        description="The noise levels it was planned for, T and where the last step ends; None where not known.",
+    )
     cost: float | None = Field(default=None, description="The plan's cost, in the unit of its calibration.")
     error: float | None = Field(
         default=None,
@@ -157,7 +161,8 @@ class Schedule(BaseModel):
             for step in late.predictions
             if (terms := self.predictions[step + start])[0].key_step >= start
         }
-        return late.model_copy(update={"predictor": self.predictor, "predictions": {**late.predictions, **known}})
+        update = {"predictor": self.predictor, "predictions": {**late.predictions, **known}}
+        return late.model_copy(update=update | ({"sigmas": self.sigmas[start:]} if self.sigmas else {}))
 
     @cached_property
     def last_uses(self) -> dict[int, int]:
@@ -175,6 +180,8 @@ class Schedule(BaseModel):
         if set(self.predictions) != skipped:
             odd = sorted(skipped ^ set(self.predictions))
             raise ValueError(f"predictions must cover the skipped steps and no others; see steps {odd}")
+        if self.sigmas is not None and len(self.sigmas) != self.num_inference_steps + 1:
+            raise ValueError(f"sigmas must be {self.num_inference_steps + 1} noise levels, got {len(self.sigmas)}")
         for step, terms in self.predictions.items():
             used = [term.key_step for term in terms]
             if not used or len(used) > self.order + 1 or sorted(set(used)) != used:
@@ -195,7 +202,7 @@ class Schedule(BaseModel):
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Writes the schedule as JSON, whole or not at all."""
-        body = self.model_dump(mode="json")
+        body = self._body()
         document = {"format": FORMAT, "version": VERSION, "digest": _digest(body), **body}
         text = json.dumps(document, indent=1) + "\n"
         write_whole(path, lambda part: part.write_text(text, encoding="utf-8"))
@@ -223,12 +230,16 @@ class Schedule(BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "schedule"
             raise FileFormatError(f"{path} is not a valid schedule: {where}: {first['msg']}. {remedy}") from error
-        if digest != _digest(schedule.model_dump(mode="json")):
+        if digest != _digest(schedule._body()):
             raise FileFormatError(
                 f"{path} was edited after it was written: its digest does not match. {remedy} "
                 "For key steps of your own use `Schedule.from_key_steps`."
             )
         return schedule
+
+    def _body(self) -> dict[str, Any]:
+        """What goes into the file: noise levels only where they are known, so that files without them stay as they were."""
+        return self.model_dump(mode="json", exclude={"sigmas"} if self.sigmas is None else None)
 
     def __str__(self) -> str:
         steps = ", ".join(str(step) for step in self.key_steps)
