@@ -238,7 +238,7 @@ class Schedule(BaseModel):
         return schedule
 
     def _body(self) -> dict[str, Any]:
-        """What goes into the file: noise levels only where they are known, so that files without them stay as they were."""
+        """What goes into the file: noise levels only where known, so that files without them stay as they were."""
         return self.model_dump(mode="json", exclude={"sigmas"} if self.sigmas is None else None)
 
     def __str__(self) -> str:
