@@ -406,3 +406,7 @@ def test_nodes_in_their_folder(studio: Studio, monkeypatch: Any, tmp_path: Path)
     calibrate_node = module.NODE_CLASS_MAPPINGS["DPCacheCalibrate"]()
     with pytest.raises(ValueError, match="without folders"):
         calibrate_node.calibrate(studio.model, "../elsewhere", 13, 2, "begin anew")
+    monkeypatch.setitem(sys.modules, "dpcache", None)
+    monkeypatch.delitem(sys.modules, "dpcache.integrations.comfyui")
+    with pytest.raises(RuntimeError, match="not installed"):
+        calibrate_node.calibrate(studio.model, "c", 13, 2, "begin anew")

@@ -14,6 +14,17 @@ folder_paths.folder_names_and_paths[FOLDER] = ([str(_HOME)], {".json"})
 _APPEND, _ANEW = "add to the file", "begin anew"
 
 
+def _library() -> Any:
+    """Imported when a node runs, so that ComfyUI starts as fast as without it."""
+    try:
+        import dpcache.integrations.comfyui as library
+    except ModuleNotFoundError as error:
+        if error.name != "dpcache":
+            raise
+        raise RuntimeError("dpcache is not installed in ComfyUI's Python: see README.md beside this node.") from error
+    return library
+
+
 class DPCacheApply:
     """Computes the key steps of a schedule and predicts the model's output at all others."""
 
@@ -33,10 +44,9 @@ class DPCacheApply:
         return Path(path).stat().st_mtime if path else float("nan")
 
     def apply(self, model: Any, schedule: str) -> tuple[Any]:
-        from dpcache import Schedule
-        from dpcache.integrations.comfyui import apply
-
-        return (apply(model, Schedule.load(folder_paths.get_full_path(FOLDER, schedule) or _HOME / schedule)),)
+        library = _library()
+        path = folder_paths.get_full_path(FOLDER, schedule) or _HOME / schedule
+        return (library.apply(model, library.Schedule.load(path)),)
 
 
 class DPCacheCalibrate:
@@ -62,12 +72,10 @@ class DPCacheCalibrate:
         return {"required": cls._INPUTS}
 
     def calibrate(self, model: Any, name: str, key_steps: int, order: int, file: str) -> tuple[Any]:
-        from dpcache.integrations.comfyui import calibrate
-
         if not name or Path(name).name != name:
             raise ValueError(f"the name {name!r} must be that of a file in models/{FOLDER}, without folders.")
         path = _HOME / f"{name}.safetensors"
-        return (calibrate(model, path, key_steps=key_steps, order=order, append=file == _APPEND),)
+        return (_library().calibrate(model, path, key_steps=key_steps, order=order, append=file == _APPEND),)
 
 
 NODE_CLASS_MAPPINGS = {"DPCacheApply": DPCacheApply, "DPCacheCalibrate": DPCacheCalibrate}

@@ -74,9 +74,7 @@ class Export:
         try:
             import cache_dit
         except ImportError as error:
-            raise ExportError(
-                'cache-dit is not installed: pip install "dpcache[bench]" or cache-dit itself.'
-            ) from error
+            raise ExportError('cache-dit is not installed: pip install "cache-dit>=1.5".') from error
         taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=self.order) if self.order else None
         return {"cache_config": cache_dit.DBCacheConfig(**self.cache_config), "calibrator_config": taylor}
 
