@@ -1,13 +1,13 @@
 """A stand-in for the parts of ComfyUI that custom nodes meet, in its words, around any network.
 
-Written anew after the public repository Comfy-Org/ComfyUI (formerly comfyanonymous/ComfyUI), as of August 2026:
+Written anew after the public repository Comfy-Org/ComfyUI (formerly comfyanonymous/ComfyUI):
 
 | here | there | commit read |
 |---|---|---|
 | `WrapperExecutor`, `copy_nested_dicts`, `merge_nested_dicts` | comfy/patcher_extension.py | 06ce62de4b2a |
 | `ModelPatcher` | comfy/model_patcher.py | 08d0e510f4e5 |
 | `CFGGuider`, `KSAMPLER`, `calc_cond_batch`, `sampling_function` | comfy/samplers.py | e0d4ea77a9f6 |
-| wrappers of a model put into its options | comfy/sampler_helpers.py, `prepare_model_patcher` | e0d4ea77a9f6 |
+| wrappers of a model put into its options | comfy/sampler_helpers.py, `prepare_model_patcher` | |
 | `BaseModel` | comfy/model_base.py | 003617c441f2 |
 | `CONST`, `EPS` and their levels | comfy/model_sampling.py | 2fd2083913be |
 | `sample_*` | comfy/k_diffusion/sampling.py, after Karras et al., arXiv 2206.00364 | |

@@ -68,7 +68,7 @@ def _is_level(planned: Sequence[float], step: int, level: float) -> bool:
 def _step(levels: Sequence[float], sigma: float) -> int | None:
     """The step whose noise level this is; None if it lies between."""
     nearest = min(range(len(levels) - 1), key=lambda step: abs(levels[step] - sigma))
-    return nearest if abs(levels[nearest] - sigma) <= 1e-5 * levels[nearest] else None
+    return nearest if sigma > 0 and abs(levels[nearest] - sigma) <= 1e-5 * levels[nearest] else None
 
 
 @dataclass
@@ -128,11 +128,9 @@ class Following:
         if step is None or chunks is None:
             self._give_up("the sampler evaluates between its noise levels, or twice at one")
             return full()
-        terms = [self._terms(name, sample, step) for name, sample in chunks]
-        if all(term is not None for term in terms):
-            values = [
-                self._predicted(name, term or (), x.device) for (name, _), term in zip(chunks, terms, strict=True)
-            ]
+        terms = {name: self._terms(name, sample, step) for name, sample in chunks}
+        if None not in terms.values():
+            values = [self._predicted(name, some, x.device) for name, some in terms.items() if some is not None]
             return (x - sigma * torch.cat(values)).to(self._dtype)
         denoised = full()
         if not isinstance(denoised, torch.Tensor) or denoised.shape != x.shape:
