@@ -17,6 +17,7 @@ from diffusers import hooks
 
 import dpcache
 from benchmarks.bench import SEARCH_SEED, Bench, Setting
+from dpcache.integrations.cache_dit import export
 
 TOLERANCE = 0.5
 """Of the full calls of a setting, from those asked for."""
@@ -365,10 +366,10 @@ def own_mask(bench: Bench, k: int) -> Setting:
 
 def our_mask(bench: Bench, k: int) -> Setting:
     """The key steps that this library selected."""
-    keys = set(bench.selected(k).key_steps)
-    setting = masked(bench, [int(step in keys) for step in range(bench.steps)], k)
+    schedule = bench.selected(k)
+    setting = masked(bench, list(export(schedule).mask), k)
     del setting.told["steps_computation_mask"]
-    setting.told["key_steps"] = sorted(keys)
+    setting.told["key_steps"] = list(schedule.key_steps)
     return setting
 
 

@@ -222,3 +222,14 @@ def test_uniform_schedule():
     assert dpcache.Schedule.uniform(50, 50).predictions == {}
     with pytest.raises(ValueError, match="from 1 to 50"):
         dpcache.Schedule.uniform(0, 50)
+
+
+def test_schedule_keeps_its_noise_levels(tmp_path):
+    plain = dpcache.Schedule.from_key_steps([0, 2], 4)
+    levels = (1.0, 0.75, 0.5, 0.25, 0.0)
+    schedule = plain.model_copy(update={"sigmas": levels})
+    schedule.save(tmp_path / "levels.json")
+    assert dpcache.Schedule.load(tmp_path / "levels.json") == schedule
+    assert schedule.from_step(2).sigmas == levels[2:]
+    with pytest.raises(ValueError, match="5 noise levels"):
+        dpcache.Schedule.model_validate(schedule.model_dump() | {"sigmas": levels[1:]})

@@ -337,6 +337,7 @@ class Calibration:
             boundary=self.facts.boundary,
             model=self.facts.model,
         )
+        schedule = schedule.model_copy(update={"sigmas": self.facts.sigmas})
         if not correct or self._frame is None:
             return schedule
         return corrected(schedule, self.gram.mean(axis=0), self._frame)

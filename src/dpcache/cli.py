@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .commands.export import export
 from .errors import DPCacheError
 
 app = typer.Typer(
@@ -277,6 +278,9 @@ def show(
 
             num_key_steps = Schedule.load(schedule).num_key_steps
         _show_calibration(Calibration.load(file), num_key_steps)
+
+
+app.command(epilog="Example: `dpcache export flux-13.json --to cache-dit -o flux_13.py`")(export)
 
 
 def _show_schedule(schedule: Any) -> None:

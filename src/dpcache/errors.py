@@ -35,3 +35,7 @@ class UnknownModelError(DPCacheError, ValueError):
 
 class FileFormatError(DPCacheError, ValueError):
     """A calibration or schedule file is truncated, edited, of another version, or something else altogether."""
+
+
+class ExportError(DPCacheError, ValueError):
+    """Nothing in a schedule is of use to another program, or that program is not there."""

@@ -20,7 +20,7 @@ from .errors import CalibrationError
 from .inputs import Input, call_arguments, seeded
 from .journal import Journal
 from .recording import RecordedRun, record
-from .schedule import Boundary
+from .schedule import Boundary, ModelIdentity
 from .schedulers import prediction_type
 from .sensitivity import measure, probing_calls, ratios
 from .trials import Trial, average_error
@@ -147,38 +147,79 @@ def _measured(
 ) -> Calibration:
     """The calibration of one input."""
     run = record(pipeline, seeded(pipeline, call, seed), boundary=boundary, on_step=lambda _: on_step())
+    part = from_run(
+        run,
+        boundary=boundary,
+        order=order,
+        model=identify(find_denoisers(pipeline)),
+        pipeline=type(pipeline).__name__,
+        scheduler=type(pipeline.scheduler).__name__,
+        prediction=prediction_type(pipeline.scheduler),
+        calls=_as_json([call]),
+        device=_device(pipeline),
+    )
+    if not probe or not len(part.gram):
+        return part
+    moved = measure(pipeline, partial(seeded, pipeline, call, seed), on_step)
+    return replace(part, probes=ratios(moved, part.influence[0])[None])
+
+
+def from_run(
+    run: RecordedRun,
+    *,
+    boundary: Boundary,
+    order: int,
+    model: ModelIdentity,
+    pipeline: str,
+    scheduler: str,
+    prediction: str | None,
+    calls: tuple[dict[str, Any], ...] | None = None,
+    device: Any = None,
+) -> Calibration:
+    """The calibration of one recorded run.
+
+    Args:
+        run: what was recorded.
+        boundary: where its values were read.
+        order: of the Taylor prediction whose errors the paper's cost holds.
+        model: the model that ran.
+        pipeline: class name of what called it.
+        scheduler: class name of what stepped.
+        prediction: as in `Facts`.
+        calls: as in `Facts`.
+        device: where to compute the paper's cost; by default where the values are.
+
+    Raises:
+        CalibrationError: no branch was called at every step.
+        ValueError: the run has too few steps for the order.
+    """
     steps = run.num_steps
-    costs = _paper_costs(run, order, _device(pipeline))
+    costs = _paper_costs(run, order, device)
     gram = run.gram()
-    influence = np.array([run.influence[t] for t in range(steps)]) if gram is not None else np.empty(0)
     empty = np.empty((0, steps))
-    part = Calibration(
+    return Calibration(
         facts=Facts(
             num_inference_steps=steps,
             boundary=boundary,
             order=order,
-            model=identify(find_denoisers(pipeline)),
-            pipeline=type(pipeline).__name__,
-            scheduler=type(pipeline.scheduler).__name__,
+            model=model,
+            pipeline=pipeline,
+            scheduler=scheduler,
             timesteps=run.timesteps,
             sigmas=run.sigmas,
-            prediction=prediction_type(pipeline.scheduler),
+            prediction=prediction,
             num_inputs=1,
             num_branches=len(costs),
-            calls=_as_json([call]),
+            calls=calls,
         ),
         paper_cost=np.asarray(sum(costs) / len(costs)),
         gram=gram.numpy()[None] if gram is not None else np.empty((0, steps, steps)),
         value_gram=run.value_gram().numpy()[None],
-        influence=influence[None] if gram is not None else empty,
+        influence=np.array([[run.influence[t] for t in range(steps)]]) if gram is not None else empty,
         probes=empty,
         tried=empty,
         tried_error=np.empty(0),
     )
-    if not probe or gram is None:
-        return part
-    moved = measure(pipeline, partial(seeded, pipeline, call, seed), on_step)
-    return replace(part, probes=ratios(moved, influence)[None])
 
 
 def _tried_out(

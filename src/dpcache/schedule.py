@@ -69,6 +69,10 @@ class Schedule(BaseModel):
         "what it hands on; it makes up for errors of the skipped steps before it. What it caches stays as computed.",
     )
     model: ModelIdentity | None = Field(default=None, description="The model it was made for; None admits any.")
+    sigmas: tuple[float, ...] | None = Field(
+        default=None,
+        description="The noise levels it was planned for, T and where the last step ends; None where not known.",
+    )
     cost: float | None = Field(default=None, description="The plan's cost, in the unit of its calibration.")
     error: float | None = Field(
         default=None,
@@ -162,7 +166,7 @@ class Schedule(BaseModel):
             for step in late.predictions
             if (terms := self.predictions[step + start])[0].key_step >= start
         }
-        kept = {"predictor": self.predictor, "predictions": {**late.predictions, **known}}
+        kept: dict[str, Any] = {"predictor": self.predictor, "predictions": {**late.predictions, **known}}
         hops = pairwise(late.key_steps)
         # A correction fits the predictions that it was made for.
         as_planned = {key for before, key in hops if all(step in known for step in range(before + 1, key))}
@@ -171,6 +175,7 @@ class Schedule(BaseModel):
             for key, terms in self.corrections.items()
             if terms[0].key_step >= start and key - start in as_planned
         }
+        kept["sigmas"] = self.sigmas and self.sigmas[start:]
         return late.model_copy(update=kept)
 
     @cached_property
@@ -189,6 +194,8 @@ class Schedule(BaseModel):
         if set(self.predictions) != skipped:
             odd = sorted(skipped ^ set(self.predictions))
             raise ValueError(f"predictions must cover the skipped steps and no others; see steps {odd}")
+        if self.sigmas is not None and len(self.sigmas) != self.num_inference_steps + 1:
+            raise ValueError(f"sigmas must be {self.num_inference_steps + 1} noise levels, got {len(self.sigmas)}")
         for step, terms in self.predictions.items():
             used = [term.key_step for term in terms]
             if not used or len(used) > self.order + 1 or sorted(set(used)) != used:

@@ -1,0 +1,1 @@
+"""Bridges to other programs, each alone in its file."""

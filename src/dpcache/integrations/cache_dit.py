@@ -1,0 +1,273 @@
+"""A schedule's key steps for cache-dit, and for the serving engines that embed it.
+
+cache-dit takes a step mask with a static policy, and forecasts the skipped steps with its own TaylorSeer. What each
+program takes is documented at
+
+- cache-dit: https://cache-dit.readthedocs.io/en/latest/user_guide/CACHE_API/ (`DBCacheConfig`,
+  `TaylorSeerCalibratorConfig`, `load_configs`)
+- SGLang Diffusion: https://docs.sglang.io/docs/sglang-diffusion/cache_dit and
+  https://docs.sglang.io/docs/sglang-diffusion/environment_variables
+- vLLM-Omni: https://docs.vllm.ai/projects/vllm-omni/en/stable/user_guide/diffusion/cache_acceleration/cache_dit/
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, Literal
+
+import numpy as np
+
+from dpcache.errors import ExportError
+from dpcache.schedule import Schedule
+
+Target = Literal["cache-dit", "sglang", "vllm-omni"]
+
+#: Blocks that cache-dit computes at every step, before it decides: the fewest it works with.
+_FIRST_BLOCKS = 1
+#: The highest order that SGLang documents for its TaylorSeer.
+_SGLANG_ORDER = 2
+#: With fewer steps SGLang uses no mask.
+_SGLANG_STEPS = 8
+#: So large that no difference between steps reaches it.
+_NO_THRESHOLD = 1e6
+
+
+@dataclass(frozen=True)
+class Export:
+    """What of a schedule cache-dit can be told.
+
+    Attributes:
+        mask: for every step, 1 if it is computed and 0 if it is forecast.
+        order: of the Taylor forecast; 0 repeats what the last computed step gave.
+        notes: what stays behind, for people; a sentence each.
+    """
+
+    mask: tuple[int, ...]
+    order: int
+    notes: tuple[str, ...]
+
+    @property
+    def cache_config(self) -> dict[str, Any]:
+        """Arguments of `cache_dit.DBCacheConfig`."""
+        return {
+            "num_inference_steps": len(self.mask),
+            "Fn_compute_blocks": _FIRST_BLOCKS,
+            "Bn_compute_blocks": 0,
+            "max_warmup_steps": _runs(self.mask)[0],
+            "steps_computation_mask": list(self.mask),
+            "steps_computation_policy": "static",
+        }
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """A configuration for `cache_dit.load_configs`, as JSON or YAML."""
+        taylor = {"enable_taylorseer": True, "enable_encoder_taylorseer": True, "taylorseer_order": self.order}
+        return {"cache_config": self.cache_config | (taylor if self.order else {})}
+
+    def arguments(self) -> dict[str, Any]:
+        """Arguments of `cache_dit.enable_cache(pipe, ...)`.
+
+        Raises:
+            ExportError: cache-dit is not installed.
+        """
+        try:
+            import cache_dit
+        except ImportError as error:
+            raise ExportError('cache-dit is not installed: pip install "cache-dit>=1.5".') from error
+        taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=self.order) if self.order else None
+        return {"cache_config": cache_dit.DBCacheConfig(**self.cache_config), "calibrator_config": taylor}
+
+    def snippet(self) -> str:
+        """Python that enables this on a pipeline named `pipe`."""
+        config = "".join(f"        {name}={value!r},\n" for name, value in self.cache_config.items())
+        taylor = f"cache_dit.TaylorSeerCalibratorConfig(taylorseer_order={self.order})" if self.order else "None"
+        return (
+            f"{_comments(_heading(self.mask), *self.notes)}"
+            "import cache_dit\n\n"
+            f"cache_dit.enable_cache(\n    pipe,\n    cache_config=cache_dit.DBCacheConfig(\n{config}    ),\n"
+            f"    calibrator_config={taylor},\n)\n"
+        )
+
+
+def export(schedule: Schedule) -> Export:
+    """The step mask of a schedule, and what cache-dit needs to compute exactly its key steps.
+
+    Raises:
+        ExportError: every step is a key step.
+    """
+    if schedule.num_key_steps == schedule.num_inference_steps:
+        raise ExportError("the schedule computes every step, so there is nothing to export: run without a cache.")
+    keys = set(schedule.key_steps)
+    mask = tuple(int(step in keys) for step in range(schedule.num_inference_steps))
+    return Export(mask, schedule.order, tuple(_left_behind(schedule)))
+
+
+def sglang(schedule: Schedule) -> dict[str, str]:
+    """Environment variables of SGLang Diffusion (`sglang generate`, `sglang serve`) for its own pipelines.
+
+    Its mask is written as lengths of the runs of computed and of cached steps. With `--backend diffusers` it reads
+    `Export.settings` from a file instead.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    exported = export(schedule)
+    runs = _runs(exported.mask)
+    order = min(exported.order, _SGLANG_ORDER)
+    found = {
+        "SGLANG_CACHE_DIT_ENABLED": "true",
+        "SGLANG_CACHE_DIT_FN": str(_FIRST_BLOCKS),
+        "SGLANG_CACHE_DIT_BN": "0",
+        "SGLANG_CACHE_DIT_WARMUP": str(runs[0]),
+        "SGLANG_CACHE_DIT_SCM_COMPUTE_BINS": ",".join(map(str, runs[0::2])),
+        "SGLANG_CACHE_DIT_SCM_CACHE_BINS": ",".join(map(str, runs[1::2])),
+        "SGLANG_CACHE_DIT_SCM_POLICY": "static",
+        "SGLANG_CACHE_DIT_TAYLORSEER": "true" if order else "false",
+    }
+    return found | ({"SGLANG_CACHE_DIT_TS_ORDER": str(order)} if order else {})
+
+
+def vllm_omni(schedule: Schedule) -> dict[str, Any]:
+    """`cache_config` of vLLM-Omni, for `cache_backend="cache_dit"`.
+
+    It takes no mask of one's own, only four that have names, so the key steps cannot be carried over. What can be told
+    is how many steps to compute at first and how many to forecast in a row after that: of these patterns this is the
+    one with as many computed steps, nearest to the planned ones. See `vllm_omni_steps`.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    exported = export(schedule)
+    first, in_a_row = _even(schedule)
+    taylor = {"enable_taylorseer": True, "taylorseer_order": exported.order}
+    return {
+        "Fn_compute_blocks": _FIRST_BLOCKS,
+        "Bn_compute_blocks": 0,
+        "max_warmup_steps": first,
+        "max_continuous_cached_steps": in_a_row,
+        "residual_diff_threshold": _NO_THRESHOLD,
+    } | (taylor if exported.order else {"enable_taylorseer": False})
+
+
+def vllm_omni_steps(schedule: Schedule) -> list[int]:
+    """The steps that cache-dit computes with the settings of `vllm_omni`."""
+    return _pattern(*_even(schedule), schedule.num_inference_steps)
+
+
+def text(schedule: Schedule, target: Target) -> str:
+    """What to paste: Python for cache-dit, a shell script for SGLang, a command line for vLLM-Omni.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    exported = export(schedule)
+    if target == "cache-dit":
+        return exported.snippet()
+    about = _comments(_heading(exported.mask), *_notes(schedule, target))
+    if target == "sglang":
+        return about + "".join(f"export {name}={value}\n" for name, value in sglang(schedule).items())
+    config = json.dumps(vllm_omni(schedule))
+    return f"{about}vllm serve MODEL --omni --cache-backend cache_dit --cache-config '{config}'\n"
+
+
+def as_json(schedule: Schedule, target: Target) -> dict[str, Any]:
+    """The same as settings for programs, with the notes beside them.
+
+    For cache-dit, and for SGLang with `--backend diffusers`, it is a file that `cache_dit.load_configs` reads.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    exported = export(schedule)
+    settings: dict[str, Any]
+    if target == "cache-dit":
+        settings = exported.settings
+    elif target == "sglang":
+        settings = {"environment": sglang(schedule), **exported.settings}
+    else:
+        settings = {"cache_backend": "cache_dit", "cache_config": vllm_omni(schedule)}
+    return {**settings, "notes": list(_notes(schedule, target))}
+
+
+def _notes(schedule: Schedule, target: Target) -> list[str]:
+    notes = _left_behind(schedule)
+    steps = schedule.num_inference_steps
+    if target == "sglang":
+        notes.append(f"The mask is for requests of {steps} steps: SGLang cuts it off for shorter ones.")
+        if steps < _SGLANG_STEPS:
+            notes.append(f"SGLang uses masks from {_SGLANG_STEPS} steps on: with {steps} it decides by itself.")
+        if schedule.order > _SGLANG_ORDER:
+            notes.append(
+                f"The order {schedule.order} of the schedule is lowered to {_SGLANG_ORDER}, the highest that SGLang "
+                "documents, in the environment variables."
+            )
+    if target == "vllm-omni":
+        computed = vllm_omni_steps(schedule)
+        notes.append(
+            "vLLM-Omni takes no mask of one's own, so the key steps of the schedule cannot be carried over. For "
+            f"requests of {steps} steps these settings compute {len(computed)} at even distances instead: "
+            f"{', '.join(map(str, computed))}."
+        )
+    return notes
+
+
+def _left_behind(schedule: Schedule) -> list[str]:
+    order = schedule.order
+    notes = [
+        "cache-dit computes the first block at every step and forecasts what the other blocks add to it, so errors "
+        "differ from those that dpcache plans by and measures."
+    ]
+    if schedule.corrections:
+        notes.append("Key steps there make up for nothing: the corrections of this schedule stay behind.")
+    if not _is_taylor(schedule):
+        notes.append(
+            f"The coefficients of this schedule ({schedule.predictor}) are not those of a Taylor series and stay "
+            f"behind: cache-dit forecasts by a Taylor series of order {order}."
+        )
+    if schedule.boundary == "output":
+        notes.append(
+            "The schedule was planned for predicting the denoiser's output; cache-dit forecasts that of its blocks."
+        )
+    if not order:
+        notes.append("The order is 0: what the last computed step gave is repeated, without TaylorSeer.")
+    return notes
+
+
+def _is_taylor(schedule: Schedule) -> bool:
+    plain = Schedule.from_key_steps(schedule.key_steps, schedule.num_inference_steps, order=schedule.order)
+    return all(
+        [term.key_step for term in terms] == [term.key_step for term in plain.predictions[step]]
+        and np.allclose([term.coefficient for term in terms], [term.coefficient for term in plain.predictions[step]])
+        for step, terms in schedule.predictions.items()
+    )
+
+
+def _runs(mask: Sequence[int]) -> list[int]:
+    """Lengths of the runs of equal entries; the first is of ones."""
+    return [len(list(run)) for _, run in groupby(mask)]
+
+
+def _even(schedule: Schedule) -> tuple[int, int]:
+    """How many steps to compute at first and to forecast in a row, nearest to the schedule."""
+    steps, keys = schedule.num_inference_steps, np.array(schedule.key_steps)
+
+    def distance(pattern: tuple[int, int]) -> tuple[int, int]:
+        computed = np.array(_pattern(*pattern, steps))
+        return abs(len(computed) - len(keys)), int(np.abs(computed[:, None] - keys).min(axis=0).sum())
+
+    return min(((first, row) for first in range(1, len(keys) + 1) for row in range(1, steps)), key=distance)
+
+
+def _pattern(first: int, in_a_row: int, steps: int) -> list[int]:
+    return [*range(first), *range(first + in_a_row, steps, in_a_row + 1)]
+
+
+def _heading(mask: Sequence[int]) -> str:
+    return (
+        f"From a dpcache schedule: {sum(mask)} of {len(mask)} steps in full. Call with num_inference_steps={len(mask)}."
+    )
+
+
+def _comments(*sentences: str) -> str:
+    return "".join(f"# {sentence}\n" for sentence in sentences)

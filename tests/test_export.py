@@ -1,0 +1,145 @@
+"""Schedules for cache-dit and the engines that embed it: what is exported is run by cache-dit itself."""
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dpcache
+from dpcache import cli
+from dpcache.denoisers import find_blocks
+from dpcache.errors import ExportError
+from dpcache.integrations import cache_dit as exports
+from dpcache.metrics import psnr
+from dpcache.schedule import Term
+
+from .conftest import draw
+
+cache_dit = pytest.importorskip("cache_dit")
+
+STEPS = 20
+KEYS = (0, 1, 2, 5, 9, 14, 19)
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """A pipeline of this file's own, for cache-dit does not promise to leave it as it was."""
+    pipe = dpcache.load_pipeline("tiny-flux", device="cpu")
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def schedule(keys: Any = KEYS, **more: Any) -> dpcache.Schedule:
+    return dpcache.Schedule.from_key_steps(keys, STEPS, **more)
+
+
+@contextmanager
+def computed_steps(pipe: Any) -> Iterator[list[int]]:
+    """The steps at which the last block really ran."""
+    steps: list[int] = []
+    calls = [0]
+    block = find_blocks(pipe.transformer)[-1].layer()
+    hooks = [
+        block.register_forward_hook(lambda *_: steps.append(calls[0])),
+        pipe.transformer.proj_out.register_forward_hook(lambda *_: calls.__setitem__(0, calls[0] + 1)),
+    ]
+    try:
+        yield steps
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def test_cache_dit_computes_exactly_the_planned_steps(pipe: Any, tmp_path: Path) -> None:
+    full = draw(pipe, num_inference_steps=STEPS)
+    pasted = tmp_path / "pasted.py"
+    pasted.write_text(exports.text(schedule(), "cache-dit"))
+    exec(compile(pasted.read_text(), pasted, "exec"), {"pipe": pipe})
+    try:
+        with computed_steps(pipe) as steps:
+            found = draw(pipe, num_inference_steps=STEPS)
+    finally:
+        cache_dit.disable_cache(pipe)
+    assert tuple(steps) == KEYS
+    assert 25 < psnr(full[0], found[0]) < 90
+
+
+def test_arguments_settings_and_bins_say_the_same(tmp_path: Path) -> None:
+    exported = exports.export(schedule())
+    assert [step for step, computed in enumerate(exported.mask) if computed] == list(KEYS)
+    file = tmp_path / "cache.json"
+    file.write_text(json.dumps(exports.as_json(schedule(), "cache-dit")))
+    read = cache_dit.load_configs(str(file))
+    for name, value in exported.arguments().items():
+        assert read[name] == value
+    environment = exports.sglang(schedule())
+    bins = [
+        [int(length) for length in environment[f"SGLANG_CACHE_DIT_SCM_{kind}_BINS"].split(",")]
+        for kind in ("COMPUTE", "CACHE")
+    ]
+    assert cache_dit.steps_mask(*bins, total_steps=STEPS) == list(exported.mask)
+
+
+def test_what_vllm_omni_can_be_told_computes_the_steps_that_its_note_names(pipe: Any) -> None:
+    settings = exports.vllm_omni(schedule())
+    expected = exports.vllm_omni_steps(schedule())
+    assert len(expected) == len(KEYS)
+    read = cache_dit.load_configs({"cache_config": {**settings, "num_inference_steps": STEPS}})
+    cache_dit.enable_cache(pipe, cache_config=read["cache_config"], calibrator_config=read["calibrator_config"])
+    try:
+        with computed_steps(pipe) as steps:
+            draw(pipe, num_inference_steps=STEPS)
+    finally:
+        cache_dit.disable_cache(pipe)
+    assert steps == expected
+    assert ", ".join(map(str, expected)) in exports.text(schedule(), "vllm-omni")
+
+
+def test_notes_tell_what_stays_behind() -> None:
+    taylor = schedule()
+    predictions = {**taylor.predictions, 3: (Term(key_step=2, coefficient=0.9),)}
+    tuned = taylor.model_copy(update={"predictions": predictions, "predictor": "tuned"})
+    for target in ("cache-dit", "sglang", "vllm-omni"):
+        assert "stay behind" not in exports.text(taylor, target)
+        assert "coefficients of this schedule (tuned)" in exports.text(tuned, target)
+        assert "denoiser's output" in exports.text(schedule(boundary="output"), target)
+    repeated = schedule(order=0)
+    assert "TaylorSeer" in exports.text(repeated, "cache-dit")
+    assert exports.export(repeated).arguments()["calibrator_config"] is None
+    assert exports.sglang(repeated)["SGLANG_CACHE_DIT_TAYLORSEER"] == "false"
+    assert exports.vllm_omni(repeated)["enable_taylorseer"] is False
+    assert exports.sglang(schedule(order=3))["SGLANG_CACHE_DIT_TS_ORDER"] == "2"
+    assert "lowered to 2" in exports.text(schedule(order=3), "sglang")
+    assert "decides by itself" in exports.text(dpcache.Schedule.from_key_steps((0, 3), 6), "sglang")
+
+
+def test_nothing_to_skip_is_refused() -> None:
+    with pytest.raises(ExportError, match="computes every step"):
+        exports.export(schedule(range(STEPS)))
+
+
+def test_command(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    schedule().save("s.json")
+    schedule(range(STEPS)).save("every.json")
+
+    def type_in(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["dpcache", "export", *words])
+        with pytest.raises(SystemExit) as left:
+            cli.main()
+        return left.value.code or 0, *capsys.readouterr()
+
+    code, out, _ = type_in("s.json", "--to", "sglang")
+    assert code == 0
+    assert "export SGLANG_CACHE_DIT_SCM_COMPUTE_BINS=3,1,1,1,1\n" in out
+    code, out, _ = type_in("s.json", "--to", "cache-dit", "--json", "-o", "cache.json")
+    assert (code, out) == (0, "wrote cache.json\n")
+    assert sum(json.loads(Path("cache.json").read_text())["cache_config"]["steps_computation_mask"]) == len(KEYS)
+    code, _, err = type_in("every.json", "--to", "cache-dit")
+    assert code == 1 and "computes every step" in err
+    code, _, err = type_in("s.json", "--to", "nowhere")
+    assert code == 2 and "vllm-omni" in err
