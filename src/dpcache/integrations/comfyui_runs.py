@@ -139,7 +139,7 @@ class Following:
         self._dtype = denoised.dtype
         computed = ((x - denoised) / sigma).contiguous().chunk(len(chunks))
         handed = [
-            self._corrected(self._rings[name], step, value) for (name, _), value in zip(chunks, values, strict=True)
+            self._corrected(self._rings[name], step, value) for (name, _), value in zip(chunks, computed, strict=True)
         ]
         for (name, _), value in zip(chunks, computed, strict=True):
             self._keep(self._rings[name], step, value)
