@@ -14,11 +14,10 @@ from .calibration_file import TENSORS, Facts, read, write
 from .costs import CostTensor, sampler_cost, schedule_cost
 from .errors import CalibrationError, GridError
 from .grids import NoiseGrid, left_out_error
-from .interpolation import asked_grid, on_grid
+from .interpolation import asked_grid, interpolated, on_grid
 from .planner import Objective, Plan, plan, plan_all
 from .predictors import Fitted, Predictor, Taylor, chosen_ridge
 from .schedule import Schedule
-from .sensitivity import interpolated
 
 Array = npt.NDArray[np.float64]
 #: How a cost tensor judges an error: by what the sampler and the model make of it, or as the paper does.
