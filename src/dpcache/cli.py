@@ -72,6 +72,7 @@ def _shared(name: str, *flags: str, text: str) -> Any:
 
 @app.callback(invoke_without_command=True)
 def options(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Print the version and leave.")] = False,
     json: Annotated[
         bool,
@@ -85,6 +86,8 @@ def options(
 
         terminal.result({"version": __version__}, f"dpcache {__version__}")
         raise typer.Exit
+    if context.invoked_subcommand is None:
+        raise typer.BadParameter("name a command.")
 
 
 # One line a command, in the order of --help.

@@ -4,7 +4,7 @@ import ast
 import inspect
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,7 @@ def load(model: str, inputs: Sequence[Any], arguments: Mapping[str, Any]) -> tup
         settle_small_model()
     elif not terminal.progress():
         _no_loading_bars()
+    terminal.note(f"loading {model}")
     pipeline = load_pipeline(model)
     terminal.listen()
     _check_arguments(pipeline, arguments)
@@ -158,6 +159,11 @@ def _as_taken(pipeline: Any, inputs: Sequence[Any]) -> list[Any]:
     return [{"class_labels": [_class(pipeline, item)]} if isinstance(item, str) else item for item in inputs]
 
 
+def _some(names: Collection[str]) -> str:
+    shown = ", ".join(list(names)[:8])
+    return f"{shown} and {len(names) - 8} more" if len(names) > 8 else shown or "none"
+
+
 def _class(pipeline: Any, name: str) -> int:
     if name.isdecimal():
         return int(name)
@@ -165,5 +171,5 @@ def _class(pipeline: Any, name: str) -> int:
     if name in labels:
         return int(labels[name])
     close = get_close_matches(name, labels)
-    known = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it knows {', '.join(labels) or 'none'}."
+    known = f"did you mean {' or '.join(map(repr, close))}?" if close else f"it knows {_some(labels)}."
     raise typer.BadParameter(f"{type(pipeline).__name__} draws classes, and {name!r} is none: {known}")

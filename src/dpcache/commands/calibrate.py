@@ -45,7 +45,7 @@ def calibrate(
 
     from .partial import fingerprint, kept
 
-    terminal.note(f"calibrating {model} on {len(inputs)} inputs, {steps} steps each")
+    terminal.note(f"calibrating {model} on {terminal.counted(len(inputs), 'input')}, {steps} steps each")
     about = {
         "model": [model, fingerprint(pipeline)],
         "prompts": inputs,
@@ -83,6 +83,7 @@ def calibrate(
             "scheduler": facts.scheduler,
             "measured": found.is_measured,
         },
-        f"wrote {output}: {facts.num_inputs} inputs, {facts.num_inference_steps} steps",
+        f"wrote {output}: {terminal.counted(facts.num_inputs, 'input')}, {facts.num_inference_steps} steps",
     )
-    terminal.note(f"next: dpcache plan {output} -k 13 -o schedule.json")
+    quarter = max(1, round(0.26 * facts.num_inference_steps))  # 13 of 50
+    terminal.note(f"next: dpcache plan {output} -k {quarter} -o schedule.json")

@@ -72,7 +72,7 @@ def compare(
     from dpcache.comparison import compare_all
 
     sources = [source for source, _ in fixed]
-    terminal.note(f"drawing {len(inputs)} inputs in full and with {', '.join(map(str, sources))}")
+    terminal.note(f"drawing {terminal.counted(len(inputs), 'input')} in full and with {', '.join(map(str, sources))}")
     comparisons = compare_all(
         pipeline, [found for _, found in fixed], inputs, seeds=seed, progress=terminal.progress(), **arguments
     )

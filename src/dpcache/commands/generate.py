@@ -114,5 +114,5 @@ def _draw(pipeline: Any, inputs: list[Any], arguments: dict[str, Any], output: P
                     }
                 )
     except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"interrupted: {len(written)} pictures are written.") from interrupt
+        raise KeyboardInterrupt(f"interrupted: {terminal.counted(len(written), 'picture')} written.") from interrupt
     return written

@@ -48,7 +48,7 @@ def optimize(
 
     from .partial import fingerprint, kept
 
-    terminal.note(f"optimizing {num_key_steps} of {steps} steps of {model} on {len(inputs)} inputs")
+    terminal.note(f"optimizing {num_key_steps} of {steps} steps of {model} on {terminal.counted(len(inputs), 'input')}")
     about = {
         "model": [model, fingerprint(pipeline)],
         "prompts": inputs,

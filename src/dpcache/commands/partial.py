@@ -70,8 +70,7 @@ def fingerprint(pipeline: Any) -> str:
 
 
 def _measured(folder: Path) -> str:
-    count = len(list(folder.glob("input-*.safetensors")))
-    return f"{count} input{'' if count == 1 else 's'}"
+    return terminal.counted(len(list(folder.glob("input-*.safetensors"))), "input")
 
 
 def _files(folder: Path) -> list[Path]:

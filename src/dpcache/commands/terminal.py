@@ -78,6 +78,11 @@ def error_document(document: Mapping[str, Any]) -> None:
     sys.stderr.write(json.dumps(finite(document), allow_nan=False) + "\n")
 
 
+def counted(number: int, noun: str) -> str:
+    """ "1 input", "2 inputs"."""
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def progress() -> bool:
     """Whether to show progress bars: to people who look at a terminal and did not ask for quiet."""
     return not asked.quiet and sys.stderr.isatty()
