@@ -7,8 +7,14 @@ import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
+try:
+    import rich
+    import typer
+    from typer.core import TyperGroup
+except ImportError as error:
+    raise SystemExit(
+        f'error: the command line needs {error.name}, which is not installed: pip install "dpcache[cli]"'
+    ) from error
 
 from .commands import terminal
 from .commands.calibrate import calibrate
@@ -19,6 +25,8 @@ from .commands.generate import generate
 from .commands.optimize import optimize
 from .commands.plan import plan
 from .commands.show import show
+
+del rich
 
 _PANEL = "Options of every command"
 

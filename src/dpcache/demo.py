@@ -14,15 +14,21 @@ from .report import write_report
 from .selection import select
 from .zoo import BUNDLED, load_pipeline
 
-STEPS = 50
 CALIBRATION_INPUTS, JUDGING_INPUTS = 5, 3
-KEY_STEPS = (13, 9)
+#: K / T: 13 and 9 of 50 steps.
+SHARES = (0.26, 0.18)
 #: What pictures are written as, by suffix.
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 
 
 def run_demo(
-    model: str, folder: Path, num_inputs: int, say: Callable[[str], object] = print, *, progress: bool = True
+    model: str,
+    folder: Path,
+    num_inputs: int,
+    say: Callable[[str], object] = print,
+    *,
+    num_inference_steps: int = 50,
+    progress: bool = True,
 ) -> tuple[list[Comparison], Path]:
     """Calibrates, selects, compares; writes calibration, schedules, pictures and `report.html` into the folder.
 
@@ -38,18 +44,18 @@ def run_demo(
     held_out = bundled.held_out_inputs(num_inputs)
     pipeline = load_pipeline(model)
     inputs = bundled.calibration_inputs(CALIBRATION_INPUTS + JUDGING_INPUTS)
-    say(f"calibrating {model} on {CALIBRATION_INPUTS} inputs, {STEPS} steps each")
+    say(f"calibrating {model} on {CALIBRATION_INPUTS} inputs, {num_inference_steps} steps each")
     calibration = calibrate(
         pipeline,
         inputs[:CALIBRATION_INPUTS],
-        num_inference_steps=STEPS,
+        num_inference_steps=num_inference_steps,
         sensitivity="measured",
         progress=progress,
         **bundled.call_defaults,
     )
     calibration.save(folder / "calibration.safetensors")
     schedules = []
-    for budget in KEY_STEPS:
+    for budget in sorted({max(2, round(share * num_inference_steps)) for share in SHARES}, reverse=True):
         # Half the trials and rounds of the default: a demonstration should be short.
         schedule = select(
             pipeline,
