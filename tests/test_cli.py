@@ -17,6 +17,7 @@ from PIL import Image
 
 import dpcache
 from dpcache import cli
+from dpcache.commands.partial import fingerprint
 
 STEPS = "12"
 RING = "a small red ring on a black background, top"
@@ -322,8 +323,7 @@ def test_completion(words, expected):
         "COMP_CWORD": str(len(words)),
         "_DPCACHE_COMPLETE": "complete_bash",
     }
-    code = "import sys; sys.argv[0] = 'dpcache'; from dpcache.cli import main; main()"
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True)
     assert set(done.stdout.split()) == expected
 
 
@@ -332,3 +332,17 @@ def test_without_its_extra_it_names_the_remedy():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == 'error: the command line needs typer, which is not installed: pip install "dpcache[cli]"\n'
+
+
+def test_what_is_kept_is_of_these_weights(flux):
+    """Two models of one name and configuration, a model before and after training for instance, are not mixed."""
+    before = fingerprint(flux)
+    assert fingerprint(dpcache.load_pipeline("tiny-flux", device="cpu")) == before
+    weights = flux.text_encoder.get_parameter(next(name for name, _ in flux.text_encoder.named_parameters()))
+    kept = weights.detach().clone()
+    try:
+        weights.data.mul_(1.001)
+        assert fingerprint(flux) != before
+    finally:
+        weights.data.copy_(kept)
+    assert fingerprint(flux) == before

@@ -4,7 +4,7 @@ import functools
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
 try:
@@ -37,9 +37,15 @@ class _Commands(TyperGroup):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         shared = [option for option in self.params if getattr(option, "rich_help_panel", None) == _PANEL]
-        for command in self.commands.values():
+        _equip(self.commands, shared)
+
+
+def _equip(commands: Mapping[str, Any], shared: Sequence[Any]) -> None:
+    for command in commands.values():
+        if isinstance(command, TyperGroup):
+            _equip(command.commands, shared)
+        else:
             command.params.extend(shared)
-            assert command.callback is not None
             command.callback = _running(command.callback)
 
 
@@ -100,9 +106,7 @@ def options(
 
 # One line a command, in the order of --help.
 app.command(epilog="Example: `dpcache demo -o my-demo`")(demo)
-app.command(epilog='Example: `dpcache calibrate tiny-flux "a small red ring" "a big blue star" -o flux.safetensors`')(
-    calibrate
-)
+app.command(epilog='Example: `dpcache calibrate tiny-flux "a red ring" "a blue star" -o flux.safetensors`')(calibrate)
 app.command(epilog="Example: `dpcache optimize tiny-flux -k 13 -o flux-13.json`")(optimize)
 app.command(epilog="Example: `dpcache plan flux.safetensors -k 13 -o flux-13.json`")(plan)
 app.command(epilog='Example: `dpcache generate tiny-flux "a small red ring" -s flux-13.json -o ring.png`')(generate)
@@ -117,7 +121,7 @@ def main() -> None:
     terminal.begin()
     try:
         with terminal.hush():
-            code = app(standalone_mode=False)
+            code = app(prog_name="dpcache", standalone_mode=False)
     except (Exception, KeyboardInterrupt) as error:
         code = _failed(error)
     raise SystemExit(code if isinstance(code, int) else 0)

@@ -61,7 +61,8 @@ def _told(error: BaseException) -> tuple[int, str]:
         return FAILED, text
     if isinstance(error, OSError):
         # The text of an error of the system begins with its number.
-        return FAILED, f"{error.filename}: {error.strerror}." if error.strerror and error.filename else str(error)
+        known = [str(part) for part in (error.filename, error.strerror) if part]
+        return FAILED, _ended(": ".join(known)) if error.strerror else str(error)
     if isinstance(error, ModuleNotFoundError) and not _is_ours(error.__traceback__):
         return FAILED, f"{error.name} is needed here and not installed: pip install {error.name}"
     if isinstance(error, ImportError):

@@ -48,8 +48,9 @@ def begin() -> None:
 def result(document: Mapping[str, Any], *words: RenderableType) -> None:
     """What a command found, its only output: the document with --json, else the words."""
     if asked.json:
-        with _to(_results or sys.stdout) as file:
-            file.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+        file = _results or sys.stdout
+        file.write(json.dumps(finite(document), indent=2, allow_nan=False) + "\n")
+        file.flush()  # a full disk is an error of this command, not of the interpreter's last breath
         return
     console = _console(sys.stdout)
     for part in words:
@@ -133,12 +134,6 @@ def hush() -> Iterator[None]:
 def listen() -> None:
     """The pipeline is loaded: what libraries warn of from now on is about its calls."""
     logging.disable(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def _to(file: TextIO) -> Iterator[TextIO]:
-    yield file
-    file.flush()
 
 
 def _console(file: TextIO) -> Console:
