@@ -251,6 +251,8 @@ def files(tmp_path_factory):
         ("calibrate some/model", 2, "give prompts"),
         ("calibrate tiny-flux --prompts missing.txt", 1, "missing.txt: No such file"),
         ("calibrate tiny-flux --prompts empty.txt", 2, "empty.txt holds no prompts"),
+        ("calibrate tiny-flux -t 2", 2, "--order 2 needs more than 2 --steps"),
+        ("calibrate tiny-flux ring --set height=tall", 1, "TypeError"),
         ("calibrate tiny-flux -o c.json", 2, "call it c.safetensors"),
         ("generate tiny-flux ring --set guidance", 2, "NAME=VALUE"),
         ("generate tiny-flux ring --set guidence_scale=2", 2, "did you mean guidance_scale"),

@@ -34,6 +34,8 @@ def calibrate(
 
     --json: output, num_inputs, num_inference_steps, num_branches, boundary, denoiser, pipeline, scheduler, measured.
     """
+    if steps <= order:
+        raise typer.BadParameter(f"--order {order} needs more than {order} --steps, got {steps}.")
     check_file(output, "calibration", [".safetensors"])
     inputs = read_inputs(model, prompts, prompt_file, held_out=False, count=5)
     arguments = read_settings(model, settings)

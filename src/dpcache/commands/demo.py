@@ -8,14 +8,14 @@ import typer
 from . import terminal
 from .arguments import settle_small_model
 from .compare import document, table
-from .options import BundledModel, Output, Steps
+from .options import BundledModel, Output
 from .outputs import check_folder
 
 
 def demo(
     model: BundledModel = "tiny-flux",
     output: Output = Path("dpcache-demo"),
-    steps: Steps = 50,
+    steps: Annotated[int, typer.Option("--steps", "-t", min=3, help="T: steps of the sampling loop.")] = 50,
     inputs: Annotated[int, typer.Option(min=1, help="How many held-out inputs to draw.")] = 8,
 ) -> None:
     """Calibrates a bundled model, plans, draws held-out inputs in full and cached, and writes a report.

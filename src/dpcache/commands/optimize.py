@@ -7,7 +7,7 @@ import typer
 
 from . import terminal
 from .arguments import load, read_inputs, read_settings
-from .options import Boundary, Checkpoint, KeySteps, Model, Output, PromptFile, Prompts, Restart, Seed, Settings, Steps
+from .options import Boundary, Checkpoint, KeySteps, Model, Output, PromptFile, Prompts, Restart, Seed, Settings
 from .outputs import check_file, check_folder
 from .plan import document
 
@@ -18,7 +18,7 @@ def optimize(
     num_key_steps: KeySteps = 13,
     output: Output = Path("schedule.json"),
     prompt_file: PromptFile = None,
-    steps: Steps = 50,
+    steps: Annotated[int, typer.Option("--steps", "-t", min=3, help="T: steps of the sampling loop.")] = 50,
     boundary: Boundary = "blocks",
     trials: Annotated[int, typer.Option(min=1, help="Runs to judge by, and as many to tune on.")] = 8,
     tune: Annotated[int, typer.Option(min=0, help="Rounds of tuning the coefficients; 0: none.")] = 2,

@@ -32,7 +32,7 @@ def kept(output: Path, checkpoint: Path | None, about: Mapping[str, Any], *, res
 
     Raises:
         CalibrationError: the folder holds what was measured on something else.
-        KeyboardInterrupt: again, with a message that says what is kept.
+        KeyboardInterrupt: again, with a message that says what is kept, if anything is.
     """
     folder = checkpoint or output.with_name(f"{output.name}.partial")
     marks = {name: digest(value) for name, value in about.items()}
@@ -45,11 +45,15 @@ def kept(output: Path, checkpoint: Path | None, about: Mapping[str, Any], *, res
         terminal.note(f"going on from {folder}: {_measured(folder)} measured already")
     try:
         yield folder
-    except KeyboardInterrupt as interrupt:
+    except BaseException as error:
+        if checkpoint is None and not _files(folder):
+            _clear(folder)
+        if not isinstance(error, KeyboardInterrupt) or not _files(folder):
+            raise
         raise KeyboardInterrupt(
             f"interrupted: what was measured so far ({_measured(folder)}) is kept in {folder}, the same command goes "
             "on from there."
-        ) from interrupt
+        ) from error
     if checkpoint is None:
         _clear(folder)
 
