@@ -1,56 +1,77 @@
 """The command line, as a user types it."""
 
+import json
+import os
+import pty
+import signal
+import subprocess
 import sys
+import termios
+import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import typer
 from PIL import Image
 
 import dpcache
 from dpcache import cli
+from dpcache.commands.partial import fingerprint
 
 STEPS = "12"
 RING = "a small red ring on a black background, top"
 STAR = "a large blue star on a grey background, right"
+PROGRAM = [sys.executable, "-c", "from dpcache.cli import main; main()"]
+COMMANDS = list(typer.main.get_command(cli.app).commands)
 
 
 @pytest.fixture
 def run(monkeypatch, capsys, tmp_path):
-    """Types a command in a fresh folder; returns exit code, standard output and error output in one line each."""
+    """Types a command in a fresh folder; returns exit code, standard output and standard error."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
     def type_in(*words: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["dpcache", *words])
-        monkeypatch.setattr(cli, "out", cli.Console(width=200))
-        monkeypatch.setattr(cli, "err", cli.Console(stderr=True, width=200))
         with pytest.raises(SystemExit) as left:
             cli.main()
         captured = capsys.readouterr()
-        return left.value.code or 0, captured.out, captured.err
+        return left.value.code, captured.out, captured.err
+
+    return type_in
+
+
+@pytest.fixture
+def ask(run):
+    """Types a command that must succeed, with --json; returns the one document on standard output."""
+
+    def type_in(*words: str) -> dict:
+        code, out, err = run(*words, "--json")
+        assert code == 0, err
+        return json.loads(out, parse_constant=lambda word: pytest.fail(f"{word} is not JSON"))
 
     return type_in
 
 
 def test_calibrate_plan_generate_compare_show(run):
-    code, out, _ = run("calibrate", "tiny-flux", RING, STAR, "-o", "c.safetensors", "-t", STEPS)
-    assert code == 0
-    assert "wrote c.safetensors: 2 inputs, 12 steps" in out
+    code, out, err = run("calibrate", "tiny-flux", RING, STAR, "-o", "c.safetensors", "-t", STEPS)
+    assert (code, out) == (0, "wrote c.safetensors: 2 inputs, 12 steps\n")
+    assert "next: dpcache plan c.safetensors -k 3" in err
+    assert [path.name for path in Path().iterdir()] == ["c.safetensors"]
     code, out, _ = run("plan", "c.safetensors", "-k", "5", "-o", "s.json")
     assert code == 0
     schedule = dpcache.Schedule.load("s.json")
     assert schedule.num_key_steps == 5
-    code, out, _ = run("generate", "tiny-flux", RING, "-s", "s.json", "-o", "ring.png", "--seed", "3")
-    assert code == 0
+    code, out, err = run("generate", "tiny-flux", RING, "-s", "s.json", "-o", "ring.png", "--seed", "3", "--quiet")
+    assert (code, err) == (0, "")
     assert Image.open("ring.png").size == (32, 32)
-    code, _, _ = run("generate", "tiny-flux", "a red ring", "a blue star", "-s", "s.json", "--set", "guidance_scale=2")
+    code, _, _ = run("generate", "tiny-flux", "a red ring", "a star", "-s", "s.json", "-o", "image.webp")
     assert code == 0
-    assert {path.name for path in Path().glob("image*.png")} == {"image-0.png", "image-1.png"}
-    Path("prompts.txt").write_text("a small red ring\n\na large blue star\n")
-    code, out, _ = run("compare", "tiny-flux", "--prompts", "prompts.txt", "-s", "s.json", "--report", "r.html")
-    assert code == 0
-    assert "5 of 12" in out and "PSNR" in out
-    assert "a large blue star" in Path("r.html").read_text()
+    assert {path.name: Image.open(path).format for path in Path().glob("image*")} == {
+        "image-0.webp": "WEBP",
+        "image-1.webp": "WEBP",
+    }
     code, out, _ = run("show", "s.json")
     assert code == 0
     assert "5 of 12 steps in full" in out
@@ -59,12 +80,57 @@ def test_calibrate_plan_generate_compare_show(run):
     assert "FluxTransformer2DModel" in out and f"5 key steps: {' '.join(map(str, schedule.key_steps))}" in out
     (chosen,) = [line for line in out.splitlines() if "→" in line]
     assert " 5 " in chosen and "2.40" in chosen
+    Path("prompts.txt").write_text("a small red ring\n\na large blue star\n")
+    command = ("compare", "tiny-flux", "--prompts", "prompts.txt", "--report", "r.html")
+    code, out, _ = run(*command, "-s", "s.json", "--calibration", "c.safetensors", "-k", "3")
+    assert code == 0
+    rows = [line.split() for line in out.splitlines()]
+    assert [row[:4] for row in rows if "of" in row] == [["s.json", "5", "of", "12"], ["c.safetensors", "-k", "3", "3"]]
+    assert "a large blue star" in Path("r.html").read_text()
+
+
+def test_json(ask):
+    found = ask("calibrate", "tiny-flux", RING, STAR, "-o", "c.safetensors", "-t", STEPS)
+    assert (found["output"], found["num_inputs"], found["num_inference_steps"]) == ("c.safetensors", 2, 12)
+    plan = ask("plan", "c.safetensors", "-k", "4", "--steps", "10", "-o", "s.json")
+    schedule = dpcache.Schedule.load("s.json")
+    assert (plan["num_inference_steps"], tuple(plan["key_steps"])) == (10, schedule.key_steps)
+    assert plan["cost"] == schedule.cost and plan["error"] is None
+    assert ask("show", "s.json")["key_steps"] == plan["key_steps"]
+    shown = ask("show", "c.safetensors", "-k", "4")
+    assert shown["chosen"] == 4 and [p["num_key_steps"] for p in shown["plans"]] == [1, 2, 3, 4, 5, 6]
+    # What a calibration plans for the number of steps at hand, as `enable` does and as `compare` says.
+    drawn = ask("generate", "tiny-flux", RING, "--calibration", "c.safetensors", "-k", "4", "-t", "10", "-o", "a.png")
+    (picture,) = drawn["pictures"]
+    assert (picture["file"], picture["input"], drawn["calibration"]) == ("a.png", RING, "c.safetensors")
+    found = ask(
+        "compare",
+        "tiny-flux",
+        RING,
+        "--calibration",
+        "c.safetensors",
+        "-k",
+        "4",
+        "-k",
+        "10",
+        "-t",
+        "10",
+        "-s",
+        "s.json",
+    )
+    by_file, planned, full = found["comparisons"]
+    assert planned["key_steps"] == picture["computed_steps"]
+    assert (by_file["schedule"], by_file["calibration"]) == ("s.json", None)
+    assert (planned["schedule"], planned["calibration"]) == (None, "c.safetensors")
+    assert 20 < planned["psnr_mean"] < 60
+    assert full["psnr_mean"] is None and full["ssim_mean"] == 1  # equal to the full run: infinite, which JSON is not
 
 
 def test_measured_calibration_goes_on_and_tells_errors(run):
     command = ("calibrate", "tiny-flux", RING, "-t", STEPS, "--sensitivity", "measured", "--checkpoint", "kept")
     assert run(*command, "-o", "one.safetensors")[0] == 0
-    assert run(*command, "-o", "two.safetensors")[0] == 0
+    code, _, err = run(*command, "-o", "two.safetensors")
+    assert code == 0 and "going on from kept: 1 input measured already" in err
     one, two = (dpcache.Calibration.load(f"{name}.safetensors") for name in ("one", "two"))
     assert one.facts == two.facts
     assert one.tried_error.tolist() == two.tried_error.tolist()
@@ -74,59 +140,211 @@ def test_measured_calibration_goes_on_and_tells_errors(run):
     code, out, _ = run("show", "one.safetensors", "-k", "3")
     assert code == 0
     assert "expected error" in out and "%" in out
-    code, _, err = run("plan", "one.safetensors", "--max-error", "0.02", "-k", "3")
-    assert code == 2
-    assert "give one of" in err
 
 
-def test_optimize(run):
-    code, out, _ = run("optimize", "tiny-flux", RING, STAR, "-k", "4", "-t", STEPS, "-o", "s.json", "--polish", "2")
-    assert code == 0
-    assert "wrote s.json: 4 of 12 steps in full" in out and "error" in out
-    assert dpcache.Schedule.load("s.json").num_key_steps == 4
+def test_ctrl_c_in_a_terminal_then_the_same_command_goes_on(run, tmp_path):
+    prompts = [f"a {colour} {shape}" for colour in ("red", "blue", "green") for shape in ("ring", "star", "heart")]
+    Path("prompts.txt").write_text("\n".join(prompts))
+    words = ["calibrate", "tiny-flux", "--prompts", "prompts.txt", "-o", "c.safetensors", "-t", "20"]
+    screen, terminal = pty.openpty()
+    termios.tcsetwinsize(terminal, (40, 100))
+    started = subprocess.Popen([*PROGRAM, *words], stdout=subprocess.PIPE, stderr=terminal, text=True)
+    os.close(terminal)
+    kept = Path("c.safetensors.partial")
+    while not list(kept.glob("input-1-*")):
+        assert started.poll() is None
+        time.sleep(0.005)
+    started.send_signal(signal.SIGINT)
+    out, seen = started.communicate()[0], read_all(screen)
+    assert (started.returncode, out) == (130, "")
+    assert "/180 [" in seen  # the bar
+    assert "is kept in c.safetensors.partial, the same command goes on from there." in " ".join(seen.split())
+    assert "Traceback" not in seen
+    measured = len(list(kept.glob("input-*")))
+    assert 2 <= measured < len(prompts)
+
+    code, _, err = run(*words, "-t", "30")
+    assert code == 1
+    assert "with other --steps" in err and "--restart" in err
+
+    code, out, err = run(*words)
+    assert (code, out) == (0, "wrote c.safetensors: 9 inputs, 20 steps\n")
+    assert f"{measured} inputs measured already" in err
+    assert not kept.exists()
+    whole = dpcache.calibrate(
+        dpcache.load_pipeline("tiny-flux"), prompts, num_inference_steps=20, max_sequence_length=32, progress=False
+    )
+    resumed = dpcache.Calibration.load("c.safetensors")
+    assert resumed.facts == whole.facts
+    np.testing.assert_allclose(resumed.gram, whole.gram, rtol=1e-4)
+
+
+def read_all(screen: int) -> str:
+    """What was written to a terminal whose other side is closed."""
+    seen = b""
+    while True:
+        try:
+            part = os.read(screen, 65536)
+        except OSError:  # how Linux says that there is no more
+            part = b""
+        if not part:
+            os.close(screen)
+            return seen.decode()
+        seen += part
+
+
+def test_optimize(ask):
+    found = ask(
+        "optimize", "tiny-flux", RING, STAR, "-k", "4", "-t", STEPS, "-o", "s.json", "--trials", "2", "--tune", "1"
+    )
+    schedule = dpcache.Schedule.load("s.json")
+    assert (found["num_key_steps"], found["error"]) == (4, schedule.error)
+    assert schedule.num_key_steps == 4
+    assert [path.name for path in Path().iterdir()] == ["s.json"]
 
 
 def test_demo_writes_everything(run):
-    code, out, _ = run("demo", "-o", "demo", "--inputs", "2")
+    code, out, _ = run("demo", "-o", "demo", "--inputs", "2", "--steps", "12")
     assert code == 0
-    assert "13 of 50" in out and "9 of 50" in out
+    assert "3 of 12" in out and "2 of 12" in out
     assert {
         "calibration.safetensors",
-        "schedule-13.json",
-        "schedule-9.json",
+        "schedule-3.json",
+        "schedule-2.json",
         "report.html",
         "00-full.png",
-        "01-9-key-steps.png",
+        "01-2-key-steps.png",
     } <= {path.name for path in Path("demo").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """Good and bad files to be wrong with."""
+    folder = tmp_path_factory.mktemp("files")
+    flux = dpcache.load_pipeline("tiny-flux")
+    calibration = dpcache.calibrate(flux, [RING], num_inference_steps=6, max_sequence_length=32, progress=False)
+    calibration.save(folder / "c.safetensors")
+    calibration.plan(3).save(folder / "s.json")
+    calibration.plan(2, num_inference_steps=5).save(folder / "five.json")
+    (folder / "broken.json").write_text('{"format": "dpcache.sch')
+    (folder / "broken.safetensors").write_bytes(b"\x10\0\0")
+    (folder / "empty.txt").write_text("\n")
+    return folder
 
 
 @pytest.mark.parametrize(
     ("words", "code", "message"),
     [
-        (["plan", "missing.safetensors", "-k", "5"], 1, "missing.safetensors"),
-        (["show", "broken.json"], 1, "Make it anew"),
-        (["show", "broken.safetensors"], 1, "Make it anew"),
-        (["calibrate", "tiny-flax", "a ring"], 1, "Bundled models: tiny-flux"),
-        (["calibrate", "some/model"], 2, "give prompts"),
-        (["generate", "tiny-flux", "a ring", "--set", "guidance"], 2, "NAME=VALUE"),
-        (["compare", "tiny-flux"], 2, "--schedule"),
-        (["plan", "c.safetensors"], 2, "--key-steps"),
-        (["nonsense"], 2, "nonsense"),
-        (["demo", "--model", "other"], 1, "tiny-flux"),
+        ("plan missing.safetensors -k 5", 1, "missing.safetensors. A calibration is made by"),
+        ("plan s.json -k 5", 2, "s.json is no calibration but a schedule"),
+        ("plan c.safetensors", 2, "give one of --key-steps"),
+        ("plan c.safetensors -k 3 --max-error 0.02", 2, "give one of --key-steps"),
+        ("plan c.safetensors -k 7", 1, "--key-steps must be from 1 to the number of steps (6), got 7"),
+        ("plan c.safetensors --max-error 0.1", 1, "calibrate with --sensitivity measured"),
+        ("plan c.safetensors -k 3 --methd paper", 2, "--method"),
+        ("plan c.safetensors -k 3 -o s.txt", 2, "call it s.json"),
+        ("plan c.safetensors -k 3 -o s.json/s.json", 1, "cannot write to s.json (Not a directory)"),
+        ("show broken.json", 1, "Make it anew"),
+        ("show broken.safetensors", 1, "Make it anew"),
+        ("show s.json -k 3", 2, "point at plans of a calibration"),
+        ("calibrate tiny-flax ring", 1, "did you mean tiny-flux?"),
+        ("calibrate some/model", 2, "give prompts"),
+        ("calibrate tiny-flux --prompts missing.txt", 1, "missing.txt: No such file"),
+        ("calibrate tiny-flux --prompts empty.txt", 2, "empty.txt holds no prompts"),
+        ("calibrate tiny-flux -t 2", 2, "--order 2 needs more than 2 --steps"),
+        ("calibrate tiny-flux ring --set height=tall", 1, "TypeError"),
+        ("calibrate tiny-flux -o c.json", 2, "call it c.safetensors"),
+        ("generate tiny-flux ring --set guidance", 2, "NAME=VALUE"),
+        ("generate tiny-flux ring --set guidence_scale=2", 2, "did you mean guidance_scale"),
+        ("generate tiny-flux ring --set num_inference_steps=2", 2, "use --steps"),
+        ("generate tiny-flux ring --set height=tall", 1, "TypeError"),
+        ("generate tiny-flux ring -o ring.tiff", 2, "call it ring.png"),
+        ("generate tiny-flux ring -o .", 1, "is a folder"),
+        ("generate tiny-flux ring -s s.json -t 5", 2, "s.json is for 6 steps, not 5"),
+        ("generate tiny-flux ring -s c.safetensors", 2, "give it as --calibration c.safetensors"),
+        ("generate tiny-flux ring -k 3", 2, "--calibration and --key-steps go together"),
+        ("generate tiny-dit 5 -s s.json", 1, "s.json: the schedule was made for FluxTransformer2DModel"),
+        ("generate tiny-dit ring", 2, "draws classes, and 'ring' is none"),
+        ("compare tiny-flux", 2, "--schedule"),
+        ("compare tiny-flux -s s.json -s five.json", 2, "s.json has 6, five.json has 5"),
+        ("compare tiny-flux -s s.json --report r.pdf", 2, "call it r.html"),
+        ("compare tiny-dit --calibration c.safetensors -k 3", 1, "c.safetensors: the schedule was made for Flux"),
+        ("optimize tiny-flux -k 9 -t 8", 2, "--key-steps 9 is more than --steps 8"),
+        ("demo --model other", 1, "tiny-flux"),
+        ("demo --inputs 100000", 1, "held-out inputs"),
+        ("nonsense", 2, "nonsense"),
+        ("", 2, ""),
+        ("--quiet", 2, "name a command"),
     ],
 )
-def test_wrong_usage(run, words, code, message):
-    Path("broken.json").write_text('{"format": "dpcache.sch')
-    Path("broken.safetensors").write_bytes(b"\x10\0\0")
-    got, out, err = run(*words)
+def test_wrong_usage(run, monkeypatch, files, words, code, message):
+    monkeypatch.chdir(files)
+    before = sorted(files.iterdir())
+    got, out, err = run(*words.split())
     assert got == code
     assert message in err
+    *notes, last = err.splitlines() or [""]
+    assert last.startswith("error: ") or not message
+    assert not [note for note in notes if not note.startswith(("loading ", "drawing ", "calibrating "))]
     assert "Traceback" not in out + err
+    assert sorted(files.iterdir()) == before
+    got, out, err = run(*words.split(), "--json")
+    if message:
+        assert (got, out) == (code, "")
+        document = json.loads(err.splitlines()[-1])
+        assert document["exit_code"] == code and message in document["error"]
 
 
-@pytest.mark.parametrize("command", ["", "demo", "optimize", "calibrate", "plan", "generate", "compare", "show"])
+def test_debug_shows_where(run):
+    code, _, err = run("generate", "tiny-flux", "a ring", "--set", "height=tall", "--debug")
+    assert code == 1
+    assert "Traceback" in err and "diffusers" in err
+
+
+@pytest.mark.parametrize("command", ["", *COMMANDS])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(*([command] if command else []), "--help")
     assert code == 0
-    if command:
-        assert f"dpcache {command}" in out and "Example" in out
+    assert f"Example: dpcache {command}" in out
+    assert all(option in out for option in ("--json", "--quiet", "--debug"))
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["c"], {"calibrate", "compare"}),
+        (["generate", "tiny-f"], {"tiny-flux"}),
+        (["compare", "tiny-flux", "--sc"], {"--schedule"}),
+        (["plan", "c.saf"], set()),  # the shell completes files
+    ],
+)
+def test_completion(words, expected):
+    environment = {
+        **os.environ,
+        "COMP_WORDS": " ".join(["dpcache", *words]),
+        "COMP_CWORD": str(len(words)),
+        "_DPCACHE_COMPLETE": "complete_bash",
+    }
+    done = subprocess.run(PROGRAM, env=environment, capture_output=True, text=True)
+    assert set(done.stdout.split()) == expected
+
+
+def test_without_its_extra_it_names_the_remedy():
+    code = "import sys; sys.modules['typer'] = None; import dpcache.cli"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr == 'error: the command line needs typer, which is not installed: pip install "dpcache[cli]"\n'
+
+
+def test_what_is_kept_is_of_these_weights(flux):
+    """Two models of one name and configuration, a model before and after training for instance, are not mixed."""
+    before = fingerprint(flux)
+    assert fingerprint(dpcache.load_pipeline("tiny-flux", device="cpu")) == before
+    weights = flux.text_encoder.get_parameter(next(name for name, _ in flux.text_encoder.named_parameters()))
+    kept = weights.detach().clone()
+    try:
+        weights.data.mul_(1.001)
+        assert fingerprint(flux) != before
+    finally:
+        weights.data.copy_(kept)
+    assert fingerprint(flux) == before

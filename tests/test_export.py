@@ -136,9 +136,17 @@ def test_command(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     code, out, _ = type_in("s.json", "--to", "sglang")
     assert code == 0
     assert "export SGLANG_CACHE_DIT_SCM_COMPUTE_BINS=3,1,1,1,1\n" in out
-    code, out, _ = type_in("s.json", "--to", "cache-dit", "--json", "-o", "cache.json")
+    code, out, _ = type_in("s.json", "--to", "cache-dit", "-o", "cache.json")
     assert (code, out) == (0, "wrote cache.json\n")
-    assert sum(json.loads(Path("cache.json").read_text())["cache_config"]["steps_computation_mask"]) == len(KEYS)
+    written = json.loads(Path("cache.json").read_text())
+    assert sum(written["cache_config"]["steps_computation_mask"]) == len(KEYS)
+    code, out, _ = type_in("s.json", "--to", "cache-dit", "--json")
+    assert (code, json.loads(out)) == (0, written)
+    code, out, _ = type_in("s.json", "--to", "cache-dit", "-o", "mask.py", "--json")
+    assert (code, json.loads(out)) == (0, {"output": "mask.py", **written})
+    assert Path("mask.py").read_text() == exports.text(schedule(), "cache-dit")
+    code, _, err = type_in("s.json", "--to", "sglang", "-o", "mask.py")
+    assert code == 2 and "call it mask.sh (or .json)" in err
     code, _, err = type_in("every.json", "--to", "cache-dit")
     assert code == 1 and "computes every step" in err
     code, _, err = type_in("s.json", "--to", "nowhere")

@@ -8,6 +8,7 @@ import torch
 
 import dpcache
 from dpcache import sensitivity
+from dpcache.interpolation import interpolated
 from dpcache.recording import record
 from tests.conftest import PROMPT, QUICK, STEPS, draw, traces
 from tests.pipelines.every import SMALL
@@ -71,7 +72,7 @@ def test_full_steps_are_as_many_as_announced(flux):
 def test_between_the_probes_the_ratio_is_smooth():
     influence = -np.linspace(0.2, 0.1, 11)
     calls = [{1: 0.9, 9: 0.11}, {1: 0.4, 9: 0.11, 10: 0.1}]
-    ratio = sensitivity.interpolated(np.stack([sensitivity.ratios(call, influence) for call in calls]))
+    ratio = interpolated(np.stack([sensitivity.ratios(call, influence) for call in calls]))
     assert ratio[1] * -influence[1] == pytest.approx(np.sqrt(0.9 * 0.4))
     assert ratio[10] == pytest.approx(1.0)
     assert ratio[0] == pytest.approx(ratio[1])

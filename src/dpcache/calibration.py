@@ -15,11 +15,10 @@ from .corrections import corrected
 from .costs import CostTensor, sampler_cost, schedule_cost
 from .errors import CalibrationError, GridError
 from .grids import Frame, NoiseGrid, frame, left_out_error
-from .interpolation import asked_grid, on_grid
+from .interpolation import asked_grid, interpolated, on_grid
 from .planner import Objective, Plan, plan, plan_all
 from .predictors import Fitted, Predictor, Taylor, chosen_ridge
 from .schedule import Schedule
-from .sensitivity import interpolated
 
 Array = npt.NDArray[np.float64]
 #: How a cost tensor judges an error: by what the sampler and the model make of it, or as the paper does.

@@ -137,12 +137,14 @@ def compare_all(
     require_disabled(pipeline)
     full = _Side(pipeline, None)
     cached = [_Side(pipeline, schedule) for schedule in schedules]
-    full.run(calls[0], first_seed[0])  # the first call pays for what is set up once
-    full.reset()
-    rounds = tqdm(zip(calls, first_seed, strict=True), total=len(calls), desc="compare", disable=not progress)
-    for call, seed in rounds:
-        for side in (full, *cached):
-            side.run(call, seed)
+    with tqdm(total=1 + len(calls) * (1 + len(cached)), desc="compare", unit="run", disable=not progress) as bar:
+        full.run(calls[0], first_seed[0])  # the first call pays for what is set up once
+        full.reset()
+        bar.update()
+        for call, seed in zip(calls, first_seed, strict=True):
+            for side in (full, *cached):
+                side.run(call, seed)
+                bar.update()
     return [_comparison(schedule, full, side) for schedule, side in zip(schedules, cached, strict=True)]
 
 

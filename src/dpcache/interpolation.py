@@ -16,7 +16,6 @@ from .grids import (
     rescaled_influence,
     with_steps,
 )
-from .sensitivity import interpolated
 
 if TYPE_CHECKING:
     from .calibration import Calibration
@@ -125,3 +124,18 @@ def on_grid(calibration: "Calibration", grid: NoiseGrid) -> "Calibration":
         probes=probes,
         tried=tried,
     )
+
+
+def interpolated(probes: NDArray[np.float64]) -> NDArray[np.float64]:
+    """float64 [T]: the measured sensitivity at every step, from that of several calls.
+
+    Args:
+        probes: [calls, T], as `sensitivity.ratios` has them, NaN at all but the probed steps.
+
+    It changes slowly: its logarithm is averaged over calls and interpolated linearly.
+    """
+    steps = np.arange(probes.shape[1])
+    known = steps[np.isfinite(probes).any(axis=0)]
+    logarithms = np.nanmean(np.log(probes[:, known]), axis=0)
+    result: NDArray[np.float64] = np.exp(np.interp(steps, known, logarithms)) if len(known) else np.ones(len(steps))
+    return result

@@ -23,7 +23,7 @@ from .measuring import TRIAL_SEED, calibrate
 from .planner import Objective
 from .schedule import Boundary, Schedule
 from .trials import Trial, average_error
-from .tuning import Direction, directions, normal_equations, proposals
+from .tuning import RIDGES, Direction, directions, normal_equations, proposals
 
 #: Of the inputs of `optimize`, the share that is calibrated and tuned on; the candidates are judged on the others.
 FITTED_SHARE = 0.6
@@ -214,7 +214,8 @@ def select(
     fitting = call_arguments(_known(fitting_inputs, calibration), defaults)
     about = [judging, fitting, seed, calibration.facts.model_dump(), calibration.gram.tobytes().hex()[:64]]
     journal = Journal(checkpoint, about)
-    with tqdm(desc="select", unit="run", disable=not progress) as bar:
+    most = _most_runs(len(candidates), len(judging), len(fitting), num_key_steps, num_trials, tune, polish)
+    with tqdm(desc="select", unit="run", total=most, disable=not progress) as bar:
         search = _Search(
             calibration,
             _trials(pipeline, judging, num_trials, TRIAL_SEED + seed, journal, "judging", bar.update),
@@ -227,6 +228,7 @@ def select(
         best = min(finalists, key=_Candidate.average)
         for _ in range(tune - 1):
             best = search.tuned(best)
+        bar.total = bar.n  # most of what a journal knows, or nothing improves on, is not run
     source = f"best of {len(candidates)} plans in {len(search.judging)} trials{best.tuned}: {best.recipe}"
     return best.schedule.model_copy(update={"error": best.average(), "expected_error": None, "source": source})
 
@@ -338,8 +340,22 @@ def _trials(
     ]
 
 
+def _most_runs(
+    candidates: int, judging: int, fitting: int, num_key_steps: int, num_trials: int, tune: int, polish: int
+) -> int:
+    """About how many runs `select` makes at most, in full, cached or in part, so that its bar has an end."""
+    judged, fitted = (inputs * math.ceil(num_trials / inputs) for inputs in (judging, fitting))
+    kept, tried = candidates, 0
+    for number in range(judged):
+        tried += kept
+        kept = max(min(kept, FINALISTS), math.ceil(kept / 2)) if number else kept
+    rounds = min(candidates, FINALISTS) + tune - 1 if tune else 0
+    per_round = fitted * (1 + num_key_steps) + len(RIDGES) * judged
+    return judged + tried + polish + (fitted + rounds * per_round if tune else 0)
+
+
 def _name(schedule: Schedule) -> str:
-    return digest(schedule.model_dump(mode="json", include={"key_steps", "predictions", "boundary"}))
+    return digest(schedule.model_dump(mode="json", include={"key_steps", "predictions", "corrections", "boundary"}))
 
 
 def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[Recipe]) -> list[_Candidate]:

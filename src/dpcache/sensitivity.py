@@ -82,18 +82,6 @@ def ratios(measured: dict[int, float], influence: npt.NDArray[np.float64]) -> np
     return found
 
 
-def interpolated(probes: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """float64 [T]: the ratio at every step, from those of several calls [calls, T] with NaN at all but the probed ones.
-
-    It changes slowly: its logarithm is averaged over calls and interpolated linearly.
-    """
-    steps = np.arange(probes.shape[1])
-    known = steps[np.isfinite(probes).any(axis=0)]
-    logarithms = np.nanmean(np.log(probes[:, known]), axis=0)
-    result: npt.NDArray[np.float64] = np.exp(np.interp(steps, known, logarithms)) if len(known) else np.ones(len(steps))
-    return result
-
-
 class _Prober:
     """Records one run; then repeats it up to the probed step, puts a prediction in there, and goes on in full."""
 

@@ -1,0 +1,104 @@
+"""Exceptions -> an exit code and one line that names the remedy."""
+
+import re
+import traceback
+from dataclasses import dataclass
+from types import TracebackType
+
+from dpcache.errors import DPCacheError
+
+#: Exit codes.
+FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
+#: So many characters of a message are shown: some libraries append their documentation.
+_LENGTH = 700
+#: What the library calls its arguments -> the options that set them.
+_OPTIONS = (
+    (re.compile(r'\b(sensitivity|method|boundary)="(\w+)"'), r"--\1 \2"),
+    (re.compile(r"\b(order|measured)=([\d.]*\d)"), r"--\1 \2"),
+    (re.compile(r"\bnum_key_steps\b"), "--key-steps"),
+    (re.compile(r"\bnum_inference_steps\b"), "--steps"),
+    (re.compile(r"\bmax_error\b"), "--max-error"),
+    (re.compile(r"\bdpcache\.calibrate\(pipe, inputs\)"), "`dpcache calibrate`"),
+)
+_DEBUG = "Run it again with --debug to see where."
+
+
+class Interrupted(Exception):
+    """Ctrl-C while a command ran; says what is kept, if anything is."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """An exception, as it is told to the user.
+
+    Attributes:
+        code: the exit code.
+        kind: the name of its class.
+        message: one line, with the remedy where there is one.
+    """
+
+    code: int
+    kind: str
+    message: str
+
+
+def failure(error: BaseException) -> Failure:
+    """What to tell of an exception."""
+    code, text = _told(error)
+    text = " ".join(text.split())
+    return Failure(code, type(error).__name__, text if len(text) <= _LENGTH else f"{text[:_LENGTH]} ...")
+
+
+def _told(error: BaseException) -> tuple[int, str]:
+    if isinstance(error, Interrupted | KeyboardInterrupt):
+        return INTERRUPTED, str(error) or "interrupted."
+    if hasattr(error, "format_message"):  # bad usage, as the parser or a command found it
+        return BAD_USAGE, _usage(error)
+    if isinstance(error, DPCacheError) or (isinstance(error, ValueError) and _is_ours(error.__traceback__)):
+        text = str(error)
+        for argument, option in _OPTIONS:
+            text = argument.sub(option, text)
+        return FAILED, text
+    if isinstance(error, OSError):
+        # The text of an error of the system begins with its number.
+        known = [str(part) for part in (error.filename, error.strerror) if part]
+        return FAILED, _ended(": ".join(known)) if error.strerror else str(error)
+    if isinstance(error, ModuleNotFoundError) and not _is_ours(error.__traceback__):
+        return FAILED, f"{error.name} is needed here and not installed: pip install {error.name}"
+    if isinstance(error, ImportError):
+        return FAILED, str(error)
+    if isinstance(error, MemoryError):
+        return FAILED, f"out of memory: {_ended(str(error))}"
+    if type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
+        return FAILED, f"Try smaller outputs, for example --set height=512 --set width=512: {_ended(str(error))}"
+    return FAILED, f"{type(error).__name__}: {_cut(str(error))} {_DEBUG}"
+
+
+def _usage(error: BaseException) -> str:
+    # What a command raises has no parameter, and "Invalid value:" in front of it says nothing.
+    plain = getattr(error, "param", None) is None and getattr(error, "param_hint", None) is None
+    plain = plain and type(error).__name__ == "BadParameter"
+    message = str(getattr(error, "message", "")) if plain else error.format_message()  # type: ignore[attr-defined]
+    if not message:  # the help was shown instead
+        return ""
+    message = message.replace("Value error, ", "")
+    context = getattr(error, "ctx", None)
+    where = f" See `{context.command_path} --help`." if context is not None else ""
+    return f"{_ended(message)}{where}"
+
+
+def _is_ours(trace: TracebackType | None) -> bool:
+    """Whether the exception was raised by dpcache's own code, and so for people to read."""
+    frames = list(traceback.walk_tb(trace))
+    return bool(frames) and str(frames[-1][0].f_globals.get("__name__")).startswith("dpcache.")
+
+
+def _cut(text: str) -> str:
+    """So short that what follows it is shown as well."""
+    text = " ".join(text.split())
+    return _ended(text if len(text) <= _LENGTH // 2 else f"{text[: _LENGTH // 2]} ...")
+
+
+def _ended(text: str) -> str:
+    text = text.strip()
+    return text if not text or text.endswith((".", "?", "!", ")")) else f"{text}."
