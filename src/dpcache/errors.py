@@ -35,3 +35,7 @@ class UnknownModelError(DPCacheError, ValueError):
 
 class FileFormatError(DPCacheError, ValueError):
     """A calibration or schedule file is truncated, edited, of another version, or something else altogether."""
+
+
+class HubError(DPCacheError, OSError):
+    """Something could not be fetched from the Hugging Face Hub, or not be put there."""
