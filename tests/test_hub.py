@@ -189,20 +189,23 @@ result = [
 """
 
 PULL = """
+assert dpcache.Schedule.from_pretrained("me/flux") == made_schedule()
+assert dpcache.Schedule.from_pretrained("me/flux", revision=FIRST) == made_schedule()
+assert dpcache.Schedule.from_pretrained("me/hidden", filename="schedule-9.json") == made_schedule(9)
+result = "all"
+"""
+
+PULL_CALIBRATION = """
 whole = dpcache.Calibration.from_pretrained("me/flux")
 assert whole.facts == made_calibration().facts
 np.testing.assert_array_equal(whole.paper_cost, made_calibration().paper_cost)
-assert dpcache.Schedule.from_pretrained("me/flux") == made_schedule()
-assert dpcache.Schedule.from_pretrained("me/flux", revision=REVISION) == made_schedule()
-assert dpcache.Schedule.from_pretrained("me/hidden", filename="schedule-9.json") == made_schedule(9)
-result = "all"
 """
 
 FAIL = """
 attempts = {
     "file": lambda: dpcache.Schedule.from_pretrained("me/flux", filename="other.json"),
-    "revision": lambda: dpcache.Calibration.from_pretrained("me/flux", revision="v7"),
-    "earlier": lambda: dpcache.Calibration.from_pretrained("me/flux", revision=REVISION),
+    "revision": lambda: dpcache.Schedule.from_pretrained("me/flux", revision="v7"),
+    "earlier": lambda: dpcache.Schedule.from_pretrained("me/flux", revision=EMPTY),
     "nobody": lambda: dpcache.Schedule.from_pretrained("no/body"),
     "private": lambda: dpcache.Schedule.from_pretrained("me/hidden", token="hf_of_somebody_else"),
     "gated": lambda: dpcache.Schedule.from_pretrained("someone/gated"),
@@ -220,8 +223,9 @@ result = [result, errors]
 
 
 def test_push_and_pull(hub, tmp_path):
-    first = fake_hub.commit_id("me/flux", 1)
-    urls, errors = in_process(hub, tmp_path / "pushing", PUSH + FAIL.replace("REVISION", repr(first)))
+    empty, first = (fake_hub.commit_id("me/flux", number) for number in (0, 1))
+    names = f"EMPTY, FIRST = {empty!r}, {first!r}\n"
+    urls, errors = in_process(hub, tmp_path / "pushing", names + PUSH + FAIL)
     assert urls[0] == f"{hub.url}/me/flux/commit/{first}"
     assert hub.private == {"me/hidden"}
     files = hub.repositories["me/flux"][-1]
@@ -235,7 +239,7 @@ def test_push_and_pull(hub, tmp_path):
     expected = {
         "file": "no other.json in the repository me/flux; it holds schedule.json: give one as filename=",
         "revision": "no revision v7",
-        "earlier": "no calibration.safetensors in the repository me/flux",
+        "earlier": "no schedule.json in the repository me/flux; look for another",
         "nobody": "check it, and if it is private log in",
         "private": "check it, and if it is private log in",
         "gated": "is gated: accept its terms at https://huggingface.co/someone/gated",
@@ -247,11 +251,9 @@ def test_push_and_pull(hub, tmp_path):
         assert message in errors[name] and "\n" not in errors[name]
 
     # From another home, where nothing is in the cache yet; then once more without the Hub, from the cache alone.
-    pull = PULL.replace("REVISION", repr(first))
-    assert in_process(hub, tmp_path / "pulling", pull) == "all"
+    assert in_process(hub, tmp_path / "pulling", names + PULL + PULL_CALIBRATION) == "all"
     asked = len(hub.asked)
-    offline = pull + FAIL.replace("REVISION", repr(first))
-    _, errors = in_process(hub, tmp_path / "pulling", offline, HF_HUB_OFFLINE="1")
+    _, errors = in_process(hub, tmp_path / "pulling", names + PULL + FAIL, HF_HUB_OFFLINE="1")
     assert len(hub.asked) == asked
     for name in ("nobody", "writing"):
         assert "the Hub cannot be reached" in errors[name] and "HF_HUB_OFFLINE" in errors[name]
