@@ -35,6 +35,7 @@ Settings = Annotated[
     typer.Option("--set", metavar="NAME=VALUE", help="Further argument of the pipeline's call; may be repeated."),
 ]
 Steps = Annotated[int, typer.Option("--steps", "-t", min=1, help="T: steps of the sampling loop.")]
+SCHEDULE_HELP = "A schedule: a file, a directory, user/repo on the Hub, builtin:K or builtin:NAME:K"
 Seed = Annotated[int, typer.Option(help="Seed of the first input; the next ones count on.")]
 Checkpoint = Annotated[
     Path | None, typer.Option(help="A directory that keeps what is measured: the same command goes on from there.")
@@ -195,7 +196,7 @@ def plan(
 def generate(
     model: Model,
     prompts: Prompts = None,
-    schedule: Annotated[Path | None, typer.Option("--schedule", "-s", help="A schedule; none: in full.")] = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", "-s", help=f"{SCHEDULE_HELP}; none: in full.")] = None,
     output: Output = Path("image.png"),
     prompt_file: PromptFile = None,
     steps: Annotated[int | None, typer.Option("--steps", "-t", min=1, help="Steps; the schedule's, or 50.")] = None,
@@ -205,9 +206,9 @@ def generate(
     """Draws prompts, in full or with a schedule. Several pictures are numbered: image-0.png, image-1.png, ..."""
     from .demo import save_picture
     from .inputs import call_arguments, seeded
-    from .schedule import Schedule
+    from .sources import schedule_from
 
-    followed = Schedule.load(schedule) if schedule else None
+    followed = schedule_from(schedule, model) if schedule else None
     inputs = _inputs(model, prompts, prompt_file, held_out=True, count=1)
     pipeline, arguments = _load(model, settings)
     arguments["num_inference_steps"] = steps or (followed.num_inference_steps if followed else 50)
@@ -231,7 +232,7 @@ def compare(
     model: Model,
     prompts: Prompts = None,
     *,
-    schedule: Annotated[list[Path], typer.Option("--schedule", "-s", help="A schedule; may be repeated.")],
+    schedule: Annotated[list[str], typer.Option("--schedule", "-s", help=f"{SCHEDULE_HELP}; may be repeated.")],
     prompt_file: PromptFile = None,
     count: Annotated[int, typer.Option(min=1, help="Held-out inputs of a bundled model, where none are given.")] = 8,
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
@@ -240,9 +241,9 @@ def compare(
 ) -> None:
     """Draws prompts in full and with each schedule, from the same noise, and prints how they differ."""
     from .comparison import compare_all
-    from .schedule import Schedule
+    from .sources import schedule_from
 
-    schedules = [Schedule.load(path) for path in schedule]
+    schedules = [schedule_from(text, model) for text in schedule]
     inputs = _inputs(model, prompts, prompt_file, held_out=True, count=count)
     pipeline, arguments = _load(model, settings)
     comparisons = compare_all(pipeline, schedules, inputs, seeds=seed, **arguments)
@@ -254,29 +255,49 @@ def compare(
         out.print(f"wrote {report}")
 
 
-@app.command(epilog="Example: `dpcache show flux.safetensors -k 13` or `dpcache show flux-13.json`")
+@app.command(
+    epilog="Example: `dpcache show flux.safetensors -k 13`, `dpcache show flux-13.json`, `dpcache show builtin`"
+)
 def show(
-    file: Annotated[Path, typer.Argument(help="A calibration or schedule file.")],
+    file: Annotated[
+        str, typer.Argument(help=f"A calibration file. {SCHEDULE_HELP}. builtin: what ships with the package.")
+    ],
     num_key_steps: Annotated[
         int | None, typer.Option("--key-steps", "-k", help="Of a calibration: the number of key steps to point at.")
     ] = None,
     schedule: Annotated[
-        Path | None, typer.Option("--schedule", "-s", help="Of a calibration: the schedule to point at.")
+        str | None, typer.Option("--schedule", "-s", help="Of a calibration: the schedule to point at.")
     ] = None,
 ) -> None:
     """Prints what a calibration or schedule file holds; of a calibration, error against speedup for every budget."""
-    if file.suffix == ".json":
-        from .schedule import Schedule
+    from .sources import BUILTIN, schedule_from
 
-        _show_schedule(Schedule.load(file))
-    else:
+    if file == BUILTIN:
+        _show_builtin()
+    elif Path(file).suffix == ".safetensors" or (Path(file).is_file() and Path(file).suffix != ".json"):
         from .calibration import Calibration
 
         if schedule is not None:
-            from .schedule import Schedule
-
-            num_key_steps = Schedule.load(schedule).num_key_steps
+            num_key_steps = schedule_from(schedule).num_key_steps
         _show_calibration(Calibration.load(file), num_key_steps)
+    else:
+        _show_schedule(schedule_from(file))
+
+
+def _show_builtin() -> None:
+    from .builtin import builtins
+
+    for one in builtins().values():
+        steps = one.num_inference_steps
+        title = f"{one.name}: {', '.join(one.models)}, {steps} steps"
+        table = Table("K", "T/K", "cost", "key steps", title=title, box=SIMPLE_HEAD)
+        for k, plan in one.plans.items():
+            keys = set(plan.key_steps)
+            strip = "".join("█" if t in keys else "·" for t in range(steps))
+            table.add_row(str(k), f"{steps / k:.2f}", f"{plan.cost:.1f}", strip)
+        table.caption = f"--schedule builtin:{one.name}:K, or builtin:K with {one.models[0]}"
+        out.print(table)
+        out.print(f"source: {one.source}", highlight=False)
 
 
 def _show_schedule(schedule: Any) -> None:

@@ -140,6 +140,29 @@ class Schedule(HubFile, BaseModel):
         keys = [n * num_inference_steps // num_key_steps for n in range(num_key_steps)]
         return cls.from_key_steps(keys, num_inference_steps, order=order, source="uniform interval", **more)
 
+    @classmethod
+    def builtin(cls, name: str, num_key_steps: int) -> "Schedule":
+        """A schedule that ships with the package: no calibration needed.
+
+        Args:
+            name: one of `builtin_names`.
+            num_key_steps: K.
+
+        Raises:
+            UnknownModelError: there are none of this name.
+            ValueError: there is none with so many key steps.
+        """
+        from .builtin import builtin_schedule
+
+        return builtin_schedule(name, num_key_steps)
+
+    @classmethod
+    def builtin_names(cls) -> dict[str, tuple[int, ...]]:
+        """Names of the schedules that ship with the package, each with the numbers of key steps there are."""
+        from .builtin import builtins
+
+        return {name: tuple(one.plans) for name, one in builtins().items()}
+
     def from_step(self, start: int) -> Self:
         """What is left of the schedule where nothing from before a step is known; steps count from there.
 
