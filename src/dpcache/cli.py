@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from .commands.ui import ui
 from .errors import DPCacheError
 
 app = typer.Typer(
@@ -298,6 +299,9 @@ def _show_builtin() -> None:
         table.caption = f"--schedule builtin:{one.name}:K, or builtin:K with {one.models[0]}"
         out.print(table)
         out.print(f"source: {one.source}", highlight=False)
+
+
+app.command(epilog="Example: `dpcache ui tiny-flux`")(ui)
 
 
 def _show_schedule(schedule: Any) -> None:

@@ -39,3 +39,7 @@ class FileFormatError(DPCacheError, ValueError):
 
 class HubError(DPCacheError, OSError):
     """Something could not be fetched from the Hugging Face Hub, or not be put there."""
+
+
+class MissingExtraError(DPCacheError, ImportError):
+    """What is asked for needs packages that are not installed; the message names the extra that brings them."""

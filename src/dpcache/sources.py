@@ -1,10 +1,14 @@
-"""Where a schedule that is named on a command line comes from: a file, a directory, the Hub, or this package."""
+"""Where what is named on a command line comes from: a file, a directory, the Hub, or this package."""
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from .hub import repository_file
 from .schedule import Schedule
+
+if TYPE_CHECKING:
+    from .calibration import Calibration
 
 BUILTIN = "builtin"
 
@@ -30,6 +34,21 @@ def schedule_from(text: str, model: str | None = None) -> Schedule:
     if repository is not None:
         return Schedule.from_pretrained(**repository)
     return Schedule.from_pretrained(text) if Path(text).is_dir() else Schedule.load(text)
+
+
+def calibration_from(text: str) -> "Calibration":
+    """The calibration that a text names, as `schedule_from`: a file, a directory, or a repository on the Hub.
+
+    Raises:
+        FileNotFoundError: no such file, and it can be nothing else.
+        HubError, FileFormatError: as `Calibration.from_pretrained`.
+    """
+    from .calibration import Calibration
+
+    repository = None if Path(text).exists() else repository_file(text, ".safetensors")
+    if repository is not None:
+        return Calibration.from_pretrained(**repository)
+    return Calibration.from_pretrained(text) if Path(text).is_dir() else Calibration.load(text)
 
 
 def _builtin(text: str, model: str | None) -> Schedule:
