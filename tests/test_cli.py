@@ -124,7 +124,7 @@ def test_wrong_usage(run, words, code, message):
     assert "Traceback" not in out + err
 
 
-@pytest.mark.parametrize("command", ["", "demo", "optimize", "calibrate", "plan", "generate", "compare", "show"])
+@pytest.mark.parametrize("command", ["", "demo", "optimize", "calibrate", "plan", "generate", "compare", "show", "ui"])
 def test_help_shows_an_example(run, command):
     code, out, _ = run(*([command] if command else []), "--help")
     assert code == 0
