@@ -109,16 +109,10 @@ def test_the_use_a_card_shows_runs(tmp_path, flux, monkeypatch):
     dpcache.Schedule.uniform(3, 6).save_pretrained("mine")
     usage = Path("mine/README.md").read_text().split("```python\n")[1].split("```")[0]
 
-    def pipe(prompt: str, **arguments: Any) -> Any:
-        return flux(prompt, max_sequence_length=24, output_type="latent", **arguments)
-
-    monkeypatch.setattr(dpcache, "enabled", lambda _, schedule: enabled(flux, schedule))
-    from dpcache.cache import enabled
-
-    names: dict[str, Any] = {"pipe": pipe, "prompt": "a red ring"}
+    names: dict[str, Any] = {"pipe": flux, "prompt": "a small red ring"}
     exec(usage, names)
     assert names["schedule"] == dpcache.Schedule.uniform(3, 6)
-    assert names["output"].images.shape[0] == 1
+    assert names["output"].images[0].size == (32, 32)
 
 
 @pytest.mark.parametrize(
