@@ -10,9 +10,9 @@ It stands in for these parts of the Hub's HTTP interface, with the headers and b
 - HEAD and GET /ID/resolve/REVISION/PATH, LFS objects by a redirect
 - GET /api/models/ID/tree/REVISION, and /api/models/ID
 
-A name in GATED is gated, a token other than TOKEN may not write, and what is not there is answered with the Hub's error
-codes. `huggingface_hub` reads where the Hub is when it is imported, so its user runs in a process of its own, with
-`environment(...)`.
+A repository named GATED is gated, in place of STRANGE something else answers, BROKEN cannot be made; a token other than
+TOKEN may not write, and what is not there is answered with the Hub's error codes. `huggingface_hub` reads where the Hub
+is when it is imported, so its user runs in a process of its own, with `environment(...)`.
 """
 
 import base64
@@ -31,6 +31,8 @@ import yaml
 
 TOKEN = "hf_fake_token_that_may_write"
 GATED = "someone/gated"
+STRANGE = "someone/strange"
+BROKEN = "someone/broken"
 
 
 @dataclass
@@ -98,6 +100,8 @@ class _Handler(BaseHTTPRequestHandler):
         if path == "/api/repos/create":
             asked = json.loads(body)
             repo_id = f"{asked['organization']}/{asked['name']}"
+            if repo_id == BROKEN:
+                return self._error(503, "", "Down for maintenance")
             if repo_id in self.hub.repositories:
                 return self._json({"url": f"{self.hub.url}/{repo_id}"}, 409)
             if asked.get("visibility") == "private" or asked.get("private"):
@@ -161,6 +165,8 @@ class _Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"]:
             parts = parts[2:]
         repo_id, (action, revision, *file) = "/".join(parts[:2]), parts[2:] or ["info", "main"]
+        if repo_id == STRANGE:
+            return self._answer(200, b"<html>Please log in to the network.</html>", {})
         if repo_id == GATED:
             return self._error(403, "GatedRepo", f"Access to model {repo_id} is restricted.")
         allowed = repo_id not in self.hub.private or self.headers.get("authorization") == f"Bearer {TOKEN}"

@@ -203,6 +203,8 @@ attempts = {
     "nobody": lambda: dpcache.Schedule.from_pretrained("no/body"),
     "private": lambda: dpcache.Schedule.from_pretrained("me/hidden", token="hf_of_somebody_else"),
     "gated": lambda: dpcache.Schedule.from_pretrained("someone/gated"),
+    "strange": lambda: dpcache.Schedule.from_pretrained("someone/strange"),
+    "broken": lambda: made_schedule().push_to_hub("someone/broken"),
     "writing": lambda: made_schedule().push_to_hub("me/flux", token="hf_of_somebody_else"),
     "name": lambda: made_schedule().push_to_hub("not a name/at all"),
 }
@@ -237,6 +239,8 @@ def test_push_and_pull(hub, tmp_path):
         "nobody": "check it, and if it is private log in",
         "private": "check it, and if it is private log in",
         "gated": "is gated: accept its terms at https://huggingface.co/someone/gated",
+        "strange": "something else: check HF_ENDPOINT and proxy",
+        "broken": "the Hub answered 503 about someone/broken (Down for maintenance): try again later",
         "writing": "you may not write to me/flux: log in with `hf auth login`",
         "name": "is no repository's id",
     }

@@ -246,7 +246,7 @@ def explained(repo_id: str, *, revision: str | None = None, writing: bool = Fals
     ) as error:
         if isinstance(error.__cause__, errors.FileMetadataError):
             raise HubError(
-                "what answers in the place of the Hub is something else: check HF_ENDPOINT and proxies."
+                "what answers in place of the Hub is something else: check HF_ENDPOINT and proxy."
             ) from error
         what = "and is needed for writing" if writing else f"and {repo_id} is neither a directory here nor in the cache"
         raise HubError(
