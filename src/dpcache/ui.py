@@ -18,6 +18,7 @@ from .cache import enabled, stats
 from .errors import DPCacheError, MissingExtraError
 from .inputs import Input, call_arguments, label, seeded
 from .metrics import Picture, psnr, ssim
+from .recording import quiet
 
 try:
     import gradio as gr
@@ -110,14 +111,14 @@ class Studio:
         Raises:
             DPCacheError: there is no such plan.
         """
-        # Plans for the paper's costs exist for the recorded grid alone: `enable` then says what is missing.
         with enabled(self.pipeline, self.calibration, num_key_steps=num_key_steps, method=self.method):
             picture, seconds = self._timed(given, seed, steps)
             return Drawn(picture, seconds, stats(self.pipeline).computed_steps)
 
     def warm_up(self, given: Input) -> Picture:
         """A call of two steps: the first one pays for what is set up once. Returns what it drew."""
-        return self._timed(given, 0, 2)[0]
+        with quiet(self.pipeline):
+            return self._timed(given, 0, 2)[0]
 
     def _timed(self, given: Any, seed: int, steps: int) -> tuple[Picture, float]:
         arguments = seeded(self.pipeline, self.call(given, steps), seed)
@@ -144,10 +145,10 @@ def build(
     steps, fixed_grid = facts.num_inference_steps, studio.calibration.grid is None or studio.method == "paper"
     first = studio.warm_up(inputs[0])
     examples = [_value(studio, given) for given in inputs]
-    folder = Path(tempfile.mkdtemp(prefix="dpcache-ui-"))
+    folder = tempfile.TemporaryDirectory(prefix="dpcache-ui-")
 
     def shown(drawn: Drawn) -> str:
-        return str(_write(drawn.picture, folder))
+        return str(_write(drawn.picture, Path(folder.name)))
 
     def draw(
         given: Any, seed: float, num_key_steps: float, num_steps: float, progress: Any = _PROGRESS
