@@ -229,6 +229,7 @@ def files(tmp_path_factory):
     (folder / "broken.json").write_text('{"format": "dpcache.sch')
     (folder / "broken.safetensors").write_bytes(b"\x10\0\0")
     (folder / "empty.txt").write_text("\n")
+    calibration.plan(2, num_inference_steps=5).save(folder / "held" / "five.json")
     return folder
 
 
@@ -237,6 +238,7 @@ def files(tmp_path_factory):
     [
         ("plan missing.safetensors -k 5", 1, "missing.safetensors. A calibration is made by"),
         ("plan s.json -k 5", 2, "s.json is no calibration but a schedule"),
+        ("plan builtin:13 -k 5", 2, "builtin:13 is no calibration but a schedule"),
         ("plan c.safetensors", 2, "give one of --key-steps"),
         ("plan c.safetensors -k 3 --max-error 0.02", 2, "give one of --key-steps"),
         ("plan c.safetensors -k 7", 1, "--key-steps must be from 1 to the number of steps (6), got 7"),
@@ -247,6 +249,10 @@ def files(tmp_path_factory):
         ("show broken.json", 1, "Make it anew"),
         ("show broken.safetensors", 1, "Make it anew"),
         ("show s.json -k 3", 2, "point at plans of a calibration"),
+        ("show builtin:13", 1, "say builtin:NAME:K"),
+        ("show held/five.json -s held", 2, "point at plans of a calibration"),
+        ("show held", 1, "it holds five.json: name one behind a slash"),
+        ("export builtin:flux1-dev:99 --to sglang", 1, "have 7 to 25 key steps, not 99"),
         ("calibrate tiny-flax ring", 1, "did you mean tiny-flux?"),
         ("calibrate some/model", 2, "give prompts"),
         ("calibrate tiny-flux --prompts missing.txt", 1, "missing.txt: No such file"),
@@ -262,6 +268,9 @@ def files(tmp_path_factory):
         ("generate tiny-flux ring -o .", 1, "is a folder"),
         ("generate tiny-flux ring -s s.json -t 5", 2, "s.json is for 6 steps, not 5"),
         ("generate tiny-flux ring -s c.safetensors", 2, "give it as --calibration c.safetensors"),
+        ("generate tiny-flux ring -s builtin:13", 1, "no built-in schedules for tiny-flux"),
+        ("generate tiny-flux ring -s builtin:flux1-dev:13 -t 5", 2, "builtin:flux1-dev:13 is for 50 steps, not 5"),
+        ("compare tiny-flux -s builtin:flux1-dev:13", 1, "builtin:flux1-dev:13: the schedule was made for Flux"),
         ("generate tiny-flux ring -k 3", 2, "--calibration and --key-steps go together"),
         ("generate tiny-dit 5 -s s.json", 1, "s.json: the schedule was made for FluxTransformer2DModel"),
         ("generate tiny-dit ring", 2, "draws classes, and 'ring' is none"),

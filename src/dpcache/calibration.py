@@ -5,16 +5,18 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import numpy.typing as npt
 
 from .calibration_file import TENSORS, Facts, read, write
+from .cards import Rows, fact_rows
 from .corrections import corrected
 from .costs import CostTensor, sampler_cost, schedule_cost
 from .errors import CalibrationError, GridError
 from .grids import Frame, NoiseGrid, frame, left_out_error
+from .hub import HubFile
 from .interpolation import asked_grid, interpolated, on_grid
 from .planner import Objective, Plan, plan, plan_all
 from .predictors import Fitted, Predictor, Taylor, chosen_ridge
@@ -29,7 +31,7 @@ MEASURED = 0.5
 
 
 @dataclass(frozen=True)
-class Calibration:
+class Calibration(HubFile):
     """What was measured of predicting instead of computing, for one model and one sampling grid.
 
     Attributes:
@@ -47,6 +49,9 @@ class Calibration:
         tried_error: float64 [trials], what they erred by: RMS difference of the final sample from the full run's, as a
             share of that; over inputs as in `trials.average_error`.
     """
+
+    KIND: ClassVar[str] = "calibration"
+    FILE_NAME: ClassVar[str] = "calibration.safetensors"
 
     facts: Facts
     paper_cost: CostTensor
@@ -408,6 +413,19 @@ class Calibration:
         """
         facts, tensors = read(path)
         return cls(facts=facts, **tensors)
+
+    def _card_rows(self) -> Rows:
+        meaning = "Whether it was measured what an error at a step does to the outcome."
+        return [*fact_rows(self.facts), ("sensitivity measured", "yes" if self.is_measured else "no", meaning)]
+
+    def _card_texts(self, arguments: str) -> tuple[str, str]:
+        usage = (
+            "import dpcache\n"
+            f"calibration = dpcache.Calibration.from_pretrained({arguments})\n"
+            f"with dpcache.enabled(pipe, calibration, num_key_steps={max(1, self.facts.num_inference_steps // 4)}):\n"
+            "    output = pipe(prompt)"
+        )
+        return "What was measured of predicting steps instead of computing them: plans come from it.", usage
 
 
 def _budget(num_steps: int, num_key_steps: int | None, speedup: float | None) -> int:

@@ -7,14 +7,14 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any
 
+from .errors import missing_extra
+
 try:
     import rich
     import typer
     from typer.core import TyperGroup
 except ImportError as error:
-    raise SystemExit(
-        f'error: the command line needs {error.name}, which is not installed: pip install "dpcache[cli]"'
-    ) from error
+    raise SystemExit(f"error: {missing_extra('the command line', error, 'dpcache[cli]')}") from error
 
 from .commands import terminal
 from .commands.calibrate import calibrate
@@ -26,6 +26,7 @@ from .commands.generate import generate
 from .commands.optimize import optimize
 from .commands.plan import plan
 from .commands.show import show
+from .commands.ui import ui
 
 del rich
 
@@ -112,8 +113,11 @@ app.command(epilog="Example: `dpcache optimize tiny-flux -k 13 -o flux-13.json`"
 app.command(epilog="Example: `dpcache plan flux.safetensors -k 13 -o flux-13.json`")(plan)
 app.command(epilog='Example: `dpcache generate tiny-flux "a small red ring" -s flux-13.json -o ring.png`')(generate)
 app.command(epilog="Example: `dpcache compare tiny-flux --prompts prompts.txt -s flux-13.json -s flux-9.json`")(compare)
-app.command(epilog="Example: `dpcache show flux.safetensors -k 13` or `dpcache show flux-13.json`")(show)
+app.command(epilog="Example: `dpcache show flux.safetensors -k 13`, `dpcache show s.json`, `dpcache show builtin`")(
+    show
+)
 app.command(epilog="Example: `dpcache export flux-13.json --to cache-dit -o flux_13.py`")(export)
+app.command(epilog="Example: `dpcache ui tiny-flux`")(ui)
 
 
 def main() -> None:

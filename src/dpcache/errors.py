@@ -38,4 +38,24 @@ class FileFormatError(DPCacheError, ValueError):
 
 
 class ExportError(DPCacheError, ValueError):
-    """Nothing in a schedule is of use to another program, or that program is not there."""
+    """Nothing in a schedule is of use to another program."""
+
+
+class HubError(DPCacheError, OSError):
+    """Something could not be fetched from the Hugging Face Hub, or not be put there."""
+
+
+class MissingExtraError(DPCacheError, ImportError):
+    """What is asked for needs packages that are not installed; the message names what to install."""
+
+
+def missing_extra(what: str, error: ImportError, install: str) -> MissingExtraError:
+    """The error to raise where something cannot be imported.
+
+    Args:
+        what: is asked for, as the beginning of a sentence.
+        error: that importing it raised.
+        install: what brings it, for pip: an extra, like "dpcache[report]".
+    """
+    message = f'{what} needs {error.name}, which is not installed: pip install "{install}"'
+    return MissingExtraError(message, name=error.name)

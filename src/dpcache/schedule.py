@@ -6,12 +6,14 @@ import os
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from .cards import Rows, fact_rows
 from .errors import FileFormatError
 from .files import MAKERS, check_version, read_bytes, write_whole
+from .hub import HubFile
 from .predictors import Predictor, Taylor
 
 Boundary = Literal["blocks", "output"]
@@ -44,13 +46,16 @@ class Term(BaseModel):
     coefficient: float = Field(description="What it is multiplied by.")
 
 
-class Schedule(BaseModel):
+class Schedule(HubFile, BaseModel):
     """The key steps of a sampling run, and the prediction of every step between them.
 
     Immutable; made by `Calibration.plan` or `Schedule.from_key_steps`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    KIND: ClassVar[str] = "schedule"
+    FILE_NAME: ClassVar[str] = "schedule.json"
 
     num_inference_steps: int = Field(ge=1, description="T: steps of the sampling loop the schedule covers.")
     key_steps: tuple[int, ...] = Field(description="Steps at which the denoiser runs in full: increasing, first is 0.")
@@ -143,6 +148,29 @@ class Schedule(BaseModel):
             raise ValueError(f"num_key_steps must be from 1 to {num_inference_steps}, got {num_key_steps}.")
         keys = [n * num_inference_steps // num_key_steps for n in range(num_key_steps)]
         return cls.from_key_steps(keys, num_inference_steps, order=order, source="uniform interval", **more)
+
+    @classmethod
+    def builtin(cls, name: str, num_key_steps: int) -> "Schedule":
+        """A schedule that ships with the package: no calibration needed.
+
+        Args:
+            name: one of `builtin_names`.
+            num_key_steps: K.
+
+        Raises:
+            UnknownModelError: there are none of this name.
+            ValueError: there is none with so many key steps.
+        """
+        from .builtin import builtin_schedule
+
+        return builtin_schedule(name, num_key_steps)
+
+    @classmethod
+    def builtin_names(cls) -> dict[str, tuple[int, ...]]:
+        """Names of the schedules that ship with the package, each with the numbers of key steps there are."""
+        from .builtin import builtins
+
+        return {name: tuple(one.plans) for name, one in builtins().items()}
 
     def from_step(self, start: int) -> Self:
         """What is left of the schedule where nothing from before a step is known; steps count from there.
@@ -256,6 +284,19 @@ class Schedule(BaseModel):
                 "For key steps of your own use `Schedule.from_key_steps`."
             )
         return schedule
+
+    def _card_rows(self) -> Rows:
+        speedup = ("T / K", f"{self.ideal_speedup:.2f}", "The speedup if skipped steps cost nothing.")
+        return [("K", str(self.num_key_steps), "Steps computed in full."), speedup, *fact_rows(self)]
+
+    def _card_texts(self, arguments: str) -> tuple[str, str]:
+        usage = (
+            "import dpcache\n"
+            f"schedule = dpcache.Schedule.from_pretrained({arguments})\n"
+            "with dpcache.enabled(pipe, schedule):\n"
+            f"    output = pipe(prompt, num_inference_steps={self.num_inference_steps})"
+        )
+        return "Which steps of the sampling loop to compute in full, and how to predict the others.", usage
 
     def __str__(self) -> str:
         steps = ", ".join(str(step) for step in self.key_steps)

@@ -13,7 +13,7 @@ from rich.table import Table
 from . import terminal
 from .arguments import load, read_inputs, read_settings
 from .following import Source, check, num_steps, planned, read_calibration, read_schedule
-from .options import CalibrationFile, Model, PromptFile, Prompts, Seed, Settings
+from .options import SCHEDULE_HELP, CalibrationName, Model, PromptFile, Prompts, Seed, Settings
 from .outputs import check_file
 
 if TYPE_CHECKING:
@@ -27,9 +27,9 @@ def compare(
     prompts: Prompts = None,
     *,
     schedule: Annotated[
-        list[Path] | None, typer.Option("--schedule", "-s", help="A schedule; may be repeated.")
+        list[str] | None, typer.Option("--schedule", "-s", help=f"{SCHEDULE_HELP}; may be repeated.")
     ] = None,
-    calibration: CalibrationFile = None,
+    calibration: CalibrationName = None,
     num_key_steps: Annotated[
         list[int] | None,
         typer.Option("--key-steps", "-k", min=1, help="K, with --calibration; may be repeated."),
@@ -46,7 +46,7 @@ def compare(
     """Draws prompts in full and with each schedule, from the same noise, and prints how they differ.
 
     --json: model, num_inference_steps, num_inputs, report, and comparisons, a list, one for each schedule: schedule and
-    calibration (the file, or null), num_key_steps, key_steps, ideal_speedup (T / K), speedup (of median times),
+    calibration (the one given, or null), num_key_steps, key_steps, ideal_speedup (T / K), speedup (of median times),
     full_seconds and cached_seconds (medians), full_block_runs and cached_block_runs (null where not known), psnr_mean,
     psnr_p5 and psnr_worst in dB (null: infinite, as the outputs are equal), ssim_mean, and samples: input, seed, psnr,
     ssim.
@@ -58,7 +58,7 @@ def compare(
     if report is not None:
         check_file(report, "report", [".html"])
         from dpcache.report import write_report
-    fixed = _schedules(schedule or [], steps)
+    fixed = _schedules(model, schedule or [], steps)
     measured = read_calibration(calibration) if calibration is not None else None
     steps = steps or num_steps(measured if measured is not None and not fixed else fixed[0][1])
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=count)
@@ -124,13 +124,13 @@ def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Tab
     found.add_column("schedule", overflow="fold")
     for heading in headings:
         found.add_column(heading, no_wrap=True)
-    names = [source.file.name for source in sources]
-    short = len(set(names)) == len({source.file for source in sources})
+    names = [Path(source.name).name for source in sources]
+    short = len(set(names)) == len({source.name for source in sources})
     for source, c in zip(sources, comparisons, strict=True):
         blocks = f"{c.cached_block_runs} of {c.full_block_runs}" if c.full_block_runs else "not known"
         decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
         found.add_row(
-            escape(str(replace(source, file=Path(source.file.name)) if short else source)),
+            escape(str(replace(source, name=Path(source.name).name) if short else source)),
             f"{c.schedule.num_key_steps} of {c.schedule.num_inference_steps}",
             blocks,
             f"{c.speedup:.2f}x",
@@ -140,9 +140,9 @@ def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Tab
     return found
 
 
-def _schedules(paths: Sequence[Path], steps: int | None) -> "list[tuple[Source, Schedule]]":
+def _schedules(model: str, names: Sequence[str], steps: int | None) -> "list[tuple[Source, Schedule]]":
     """The schedules; all of one number of steps, so that the full runs can be shared."""
-    found = [(Source(path), read_schedule(path, steps)) for path in paths]
+    found = [(Source(name), read_schedule(name, steps, model=model)) for name in names]
     counts = [schedule.num_inference_steps for _, schedule in found]
     if len(set(counts)) > 1:
         listed = ", ".join(f"{source} has {count}" for (source, _), count in zip(found, counts, strict=True))
@@ -152,7 +152,7 @@ def _schedules(paths: Sequence[Path], steps: int | None) -> "list[tuple[Source, 
 
 def _planned(
     pipeline: Any,
-    file: Path,
+    name: str,
     calibration: "Calibration",
     budgets: Sequence[int],
     first_input: Any,
@@ -162,7 +162,7 @@ def _planned(
     from dpcache.inputs import call_arguments, seeded
     from dpcache.schedulers import Plans
 
-    sources = [Source(file, budget) for budget in budgets]
+    sources = [Source(name, budget) for budget in budgets]
     for source in sources:
         check(pipeline, source, calibration)
     plans = [Plans(calibration, {"num_key_steps": budget}) for budget in budgets]

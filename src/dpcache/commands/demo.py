@@ -32,7 +32,7 @@ def demo(
     comparisons, report = run_demo(
         model, output, inputs, say=terminal.note, num_inference_steps=steps, progress=terminal.progress()
     )
-    sources = [Source(output / f"schedule-{c.schedule.num_key_steps}.json") for c in comparisons]
+    sources = [Source(str(output / f"schedule-{c.schedule.num_key_steps}.json")) for c in comparisons]
     terminal.result(
         {"output": str(output), "report": str(report), "comparisons": document(sources, comparisons)},
         table(sources, comparisons),

@@ -8,6 +8,7 @@ import typer
 
 from . import terminal
 from .following import read_schedule
+from .options import SCHEDULE_HELP
 from .outputs import check_file
 
 #: What a file of text to paste is called, by program.
@@ -15,7 +16,7 @@ _SUFFIX = {"cache-dit": ".py", "sglang": ".sh", "vllm-omni": ".sh"}
 
 
 def export(
-    schedule: Annotated[Path, typer.Argument(help="A schedule file.")],
+    schedule: Annotated[str, typer.Argument(help=f"{SCHEDULE_HELP}.")],
     to: Annotated[Literal["cache-dit", "sglang", "vllm-omni"], typer.Option("--to", help="For which program.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="What to write, .json for settings; printed if not given.")

@@ -19,6 +19,8 @@ _OPTIONS = (
     (re.compile(r"\bnum_inference_steps\b"), "--steps"),
     (re.compile(r"\bmax_error\b"), "--max-error"),
     (re.compile(r"\bdpcache\.calibrate\(pipe, inputs\)"), "`dpcache calibrate`"),
+    (re.compile(r"give one as filename="), "name one behind a slash, like user/repo/FILE"),
+    (re.compile(r",? or give token="), ""),
 )
 _DEBUG = "Run it again with --debug to see where."
 
@@ -55,14 +57,11 @@ def _told(error: BaseException) -> tuple[int, str]:
     if hasattr(error, "format_message"):  # bad usage, as the parser or a command found it
         return BAD_USAGE, _usage(error)
     if isinstance(error, DPCacheError) or (isinstance(error, ValueError) and _is_ours(error.__traceback__)):
-        text = str(error)
-        for argument, option in _OPTIONS:
-            text = argument.sub(option, text)
-        return FAILED, text
+        return FAILED, _in_options(str(error))
     if isinstance(error, OSError):
         # The text of an error of the system begins with its number.
         known = [str(part) for part in (error.filename, error.strerror) if part]
-        return FAILED, _ended(": ".join(known)) if error.strerror else str(error)
+        return FAILED, _ended(": ".join(known)) if error.strerror else _in_options(str(error))
     if isinstance(error, ModuleNotFoundError) and not _is_ours(error.__traceback__):
         return FAILED, f"{error.name} is needed here and not installed: pip install {error.name}"
     if isinstance(error, ImportError):
@@ -72,6 +71,12 @@ def _told(error: BaseException) -> tuple[int, str]:
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
         return FAILED, f"Try smaller outputs, for example --set height=512 --set width=512: {_ended(str(error))}"
     return FAILED, f"{type(error).__name__}: {_cut(str(error))} {_DEBUG}"
+
+
+def _in_options(text: str) -> str:
+    for argument, option in _OPTIONS:
+        text = argument.sub(option, text)
+    return text
 
 
 def _usage(error: BaseException) -> str:

@@ -1,4 +1,4 @@
-"""What the cached runs follow: schedule files, or plans from a calibration."""
+"""What the cached runs follow: schedules, or plans from a calibration; from files, the Hub, or this package."""
 
 import contextlib
 from collections.abc import Sequence
@@ -21,57 +21,69 @@ class Source:
     """Where a schedule came from.
 
     Attributes:
-        file: a schedule, or the calibration it was planned from.
+        name: of a schedule, or of the calibration it was planned from, as it was typed (see `dpcache.sources`).
         num_key_steps: K, where it was planned from a calibration.
     """
 
-    file: Path
+    name: str
     num_key_steps: int | None = None
 
     def __str__(self) -> str:
-        return str(self.file) if self.num_key_steps is None else f"{self.file} -k {self.num_key_steps}"
+        return self.name if self.num_key_steps is None else f"{self.name} -k {self.num_key_steps}"
 
     def document(self) -> dict[str, str | None]:
-        """For JSON: the name of either file, None for the other."""
+        """For JSON: the name of either, None for the other."""
         planned = self.num_key_steps is not None
-        return {"schedule": None if planned else str(self.file), "calibration": str(self.file) if planned else None}
+        return {"schedule": None if planned else self.name, "calibration": self.name if planned else None}
 
 
-def read_schedule(path: Path, steps: int | None = None) -> "Schedule":
-    """The schedule in a file.
+def read_schedule(name: str, steps: int | None = None, *, model: str | None = None) -> "Schedule":
+    """The schedule of this name: a file, a directory, a repository on the Hub, or one that ships with the package.
+
+    Args:
+        name: as it was typed.
+        steps: T that was asked for, if any.
+        model: what it is to be used with, if that is known: the hub id for "builtin:K".
 
     Raises:
-        typer.BadParameter: the file is a calibration, or the schedule is not for this number of steps.
-        FileNotFoundError, FileFormatError: as `Schedule.load`.
+        typer.BadParameter: it is a calibration, or the schedule is not for this number of steps.
+        FileNotFoundError, FileFormatError, HubError, UnknownModelError, ValueError: as `sources.schedule_from`.
     """
-    from dpcache.schedule import Schedule
+    from dpcache.sources import schedule_from
 
-    if path.suffix == ".safetensors":
+    if is_calibration(name):
         raise typer.BadParameter(
-            f"{path} is no schedule but a calibration by its name: give it as --calibration {path} -k 13, or plan from "
-            f"it with `dpcache plan {path} -k 13`."
+            f"{name} is no schedule but a calibration by its name: give it as --calibration {name} -k 13, or plan from "
+            f"it with `dpcache plan {name} -k 13`."
         )
-    schedule = Schedule.load(path)
+    schedule = schedule_from(name, model)
     if steps is not None and steps != schedule.num_inference_steps:
         raise typer.BadParameter(
-            f"{path} is for {schedule.num_inference_steps} steps, not {steps}: leave out --steps, plan with `dpcache "
+            f"{name} is for {schedule.num_inference_steps} steps, not {steps}: leave out --steps, plan with `dpcache "
             f"plan CALIBRATION -k {schedule.num_key_steps} --steps {steps}`, or give --calibration instead."
         )
     return schedule
 
 
-def read_calibration(path: Path) -> "Calibration":
-    """The calibration in a file.
+def read_calibration(name: str) -> "Calibration":
+    """The calibration of this name: a file, a directory, or a repository on the Hub.
 
     Raises:
-        typer.BadParameter: the file is a schedule.
-        FileNotFoundError, FileFormatError: as `Calibration.load`.
+        typer.BadParameter: it is a schedule.
+        FileNotFoundError, FileFormatError, HubError: as `sources.calibration_from`.
     """
-    from dpcache.calibration import Calibration
+    from dpcache.sources import calibration_from
 
-    if path.suffix == ".json":
-        raise typer.BadParameter(f"{path} is no calibration but a schedule by its name: give it with --schedule.")
-    return Calibration.load(path)
+    if Path(name).suffix == ".json" or name.startswith("builtin:"):
+        raise typer.BadParameter(f"{name} is no calibration but a schedule by its name: give it with --schedule.")
+    return calibration_from(name)
+
+
+def is_calibration(name: str) -> bool:
+    """Whether it is a calibration's name: a file or directory of one, or a file on the Hub."""
+    if Path(name).is_dir():
+        return (Path(name) / "calibration.safetensors").exists() and not (Path(name) / "schedule.json").exists()
+    return Path(name).suffix == ".safetensors"
 
 
 def num_steps(followed: "Schedule | Calibration") -> int:
@@ -80,14 +92,14 @@ def num_steps(followed: "Schedule | Calibration") -> int:
 
 
 def follow(pipeline: Any, source: Source, followed: "Schedule | Calibration") -> None:
-    """`dpcache.enable`, with the file named in what it refuses."""
+    """`dpcache.enable`, with the source named in what it refuses."""
     from dpcache.cache import enable
 
     planning: dict[str, Any] = {} if source.num_key_steps is None else {"num_key_steps": source.num_key_steps}
     try:
         enable(pipeline, followed, **planning)
     except ScheduleMismatchError as error:
-        raise ScheduleMismatchError(f"{source.file}: {error}") from error
+        raise ScheduleMismatchError(f"{source.name}: {error}") from error
 
 
 def check(pipeline: Any, source: Source, followed: "Schedule | Calibration") -> None:

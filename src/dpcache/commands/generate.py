@@ -10,7 +10,7 @@ import typer
 from . import terminal
 from .arguments import load, read_inputs, read_settings
 from .following import Source, computed_steps, follow, num_steps, read_calibration, read_schedule
-from .options import CalibrationFile, Model, Output, PromptFile, Prompts, Seed, Settings
+from .options import SCHEDULE_HELP, CalibrationName, Model, Output, PromptFile, Prompts, Seed, Settings
 from .outputs import check_file
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ CLIPS = (".png", ".webp", ".gif")
 def generate(
     model: Model,
     prompts: Prompts = None,
-    schedule: Annotated[Path | None, typer.Option("--schedule", "-s", help="A schedule; none: in full.")] = None,
-    calibration: CalibrationFile = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", "-s", help=f"{SCHEDULE_HELP}; none: in full.")] = None,
+    calibration: CalibrationName = None,
     num_key_steps: Annotated[
         int | None, typer.Option("--key-steps", "-k", min=1, help="K, with --calibration: steps to compute in full.")
     ] = None,
@@ -42,11 +42,11 @@ def generate(
 
     Several pictures are numbered: image-0.png, image-1.png, ... Their suffix makes them PNG, JPEG, WebP or GIF.
 
-    --json: model, schedule, calibration (the file, or null), num_inference_steps, and pictures, a list of file, input,
-    seed, seconds, and computed_steps (null where all were).
+    --json: model, schedule, calibration (the one given, or null), num_inference_steps, and pictures, a list of file,
+    input, seed, seconds, and computed_steps (null where all were).
     """
     check_file(output, "picture", PICTURES)
-    followed = _followed(schedule, calibration, num_key_steps, steps)
+    followed = _followed(model, schedule, calibration, num_key_steps, steps)
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=1)
     arguments = read_settings(model, settings)
     pipeline, inputs = load(model, inputs, arguments)
@@ -71,14 +71,14 @@ def generate(
 
 
 def _followed(
-    schedule: Path | None, calibration: Path | None, num_key_steps: int | None, steps: int | None
+    model: str, schedule: str | None, calibration: str | None, num_key_steps: int | None, steps: int | None
 ) -> "tuple[Source, Schedule | Calibration] | None":
     if schedule is not None and calibration is not None:
         raise typer.BadParameter("give --schedule or --calibration, not both.")
     if (calibration is None) != (num_key_steps is None):
         raise typer.BadParameter("--calibration and --key-steps go together: --calibration FILE -k 13.")
     if schedule is not None:
-        return Source(schedule), read_schedule(schedule, steps)
+        return Source(schedule), read_schedule(schedule, steps, model=model)
     if calibration is not None:
         return Source(calibration, num_key_steps), read_calibration(calibration)
     return None

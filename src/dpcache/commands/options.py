@@ -36,9 +36,12 @@ Steps = Annotated[int, typer.Option("--steps", "-t", min=1, help="T: steps of th
 Boundary = Annotated[Literal["blocks", "output"], typer.Option(help="What is cached and predicted.")]
 Seed = Annotated[int, typer.Option(help="Seed of the first input; the next ones count on.")]
 KeySteps = Annotated[int, typer.Option("--key-steps", "-k", min=1, help="K: steps to compute in full.")]
-CalibrationFile = Annotated[
-    Path | None,
-    typer.Option("--calibration", help="A calibration instead of a schedule: plans for any number of steps."),
+_ON_THE_HUB = "a directory, or user/repo on the Hub"
+SCHEDULE_HELP = f"A schedule: a file, {_ON_THE_HUB}, builtin:K or builtin:NAME:K"
+CALIBRATION_HELP = f"A calibration: a file, {_ON_THE_HUB}"
+CalibrationName = Annotated[
+    str | None,
+    typer.Option("--calibration", help=f"{CALIBRATION_HELP}. Instead of a schedule: plans for any number of steps."),
 ]
 Checkpoint = Annotated[
     Path | None,

@@ -7,7 +7,7 @@ import typer
 
 from . import terminal
 from .following import read_calibration
-from .options import Output
+from .options import CALIBRATION_HELP, Output
 from .outputs import check_file
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    calibration: Annotated[Path, typer.Argument(help="A calibration file.")],
+    calibration: Annotated[str, typer.Argument(help=f"{CALIBRATION_HELP}.")],
     num_key_steps: Annotated[
         int | None, typer.Option("--key-steps", "-k", min=1, help="K: steps to compute in full.")
     ] = None,
@@ -46,7 +46,8 @@ def plan(
     """Finds the best key steps for a budget and writes the schedule.
 
     --json: output, num_inference_steps, num_key_steps, key_steps, ideal_speedup (T / K), boundary, predictor, order,
-    corrected_steps, cost, expected_error, error, source. Errors are shares of the full run's output, null where not known.
+    corrected_steps, cost, expected_error, error, source. Errors are shares of the full run's output, null where not
+    known.
     """
     if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
         raise typer.BadParameter("give one of --key-steps, --speedup and --max-error.")

@@ -1,6 +1,7 @@
 """`dpcache show`."""
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -10,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from . import terminal
-from .following import read_calibration, read_schedule
+from .following import is_calibration, read_calibration, read_schedule
+from .options import SCHEDULE_HELP
 from .plan import facts as schedule_facts
 
 if TYPE_CHECKING:
@@ -20,37 +22,65 @@ if TYPE_CHECKING:
 
 
 def show(
-    file: Annotated[Path, typer.Argument(help="A calibration or schedule file.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"A calibration file or directory. {SCHEDULE_HELP}. builtin: what ships with the package.",
+            metavar="FILE",
+        ),
+    ],
     num_key_steps: Annotated[
         int | None, typer.Option("--key-steps", "-k", help="Of a calibration: the number of key steps to point at.")
     ] = None,
     schedule: Annotated[
-        Path | None, typer.Option("--schedule", "-s", help="Of a calibration: the schedule to point at.")
+        str | None, typer.Option("--schedule", "-s", help="Of a calibration: the schedule to point at.")
     ] = None,
 ) -> None:
-    """Prints what a calibration or schedule file holds; of a calibration, error against speedup for every budget.
+    """Prints what a calibration or schedule holds; of a calibration, error against speedup for every budget.
 
-    --json: kind, "schedule" or "calibration", and file. Of a schedule what `dpcache plan --json` says, with denoiser
-    and config. Of a calibration its facts, and plans: a list of num_key_steps, key_steps, ideal_speedup, cost, and
-    expected_error, which is null where no schedules were tried; chosen is the number of key steps that was asked for.
+    --json: kind, "schedule", "calibration" or "builtin"; of the first two file, what was given. Of a schedule what
+    `dpcache plan --json` says, with denoiser and config. Of a calibration its facts, and plans: a list of
+    num_key_steps, key_steps, ideal_speedup, cost, and expected_error, which is null where no schedules were tried;
+    chosen is the number of key steps that was asked for. Of builtin a list of that name, with name, models and plans.
     """
-    if file.suffix == ".json":
-        if num_key_steps is not None or schedule is not None:
-            raise typer.BadParameter(
-                f"{file} is a schedule: --key-steps and --schedule point at plans of a calibration."
-            )
-        _show_schedule(file, read_schedule(file))
+    if is_calibration(name) or (Path(name).is_file() and Path(name).suffix != ".json"):
+        if schedule is not None:
+            num_key_steps = read_schedule(schedule).num_key_steps
+        _show_calibration(name, read_calibration(name), num_key_steps)
         return
-    if schedule is not None:
-        num_key_steps = read_schedule(schedule).num_key_steps
-    _show_calibration(file, read_calibration(file), num_key_steps)
+    if num_key_steps is not None or schedule is not None:
+        raise typer.BadParameter(f"{name} is a schedule: --key-steps and --schedule point at plans of a calibration.")
+    if name == "builtin":
+        _show_builtin()
+    else:
+        _show_schedule(name, read_schedule(name))
 
 
-def _show_schedule(file: Path, schedule: "Schedule") -> None:
-    keys = set(schedule.key_steps)
+def _show_builtin() -> None:
+    from dpcache.builtin import builtins
+
+    words: list[Any] = []
+    for one in builtins().values():
+        steps = one.num_inference_steps
+        table = Table("K", "T/K", "cost", title=f"{one.name}: {', '.join(one.models)}, {steps} steps", box=SIMPLE_HEAD)
+        table.add_column("key steps", no_wrap=True)
+        for k, plan in one.plans.items():
+            table.add_row(str(k), f"{steps / k:.2f}", f"{plan.cost:.1f}", _strip(plan.key_steps, steps))
+        table.caption = f"--schedule builtin:{one.name}:K, or builtin:K with {one.models[0]}"
+        words += [table, f"source: {one.source}"]
+    terminal.result(
+        {"kind": "builtin", "builtin": [one.model_dump(mode="json") for one in builtins().values()]}, *words
+    )
+
+
+def _strip(key_steps: Collection[int], num_steps: int) -> str:
+    return "".join("█" if t in key_steps else "·" for t in range(num_steps))
+
+
+def _show_schedule(name: str, schedule: "Schedule") -> None:
     table = Table(show_header=False, box=None)
     model = schedule.model
-    for name, value in (
+    for fact, value in (
         ("speedup", f"at most {schedule.ideal_speedup:.2f}x"),
         ("boundary", schedule.boundary),
         ("predictor", f"{schedule.predictor}, order {schedule.order}"),
@@ -61,28 +91,28 @@ def _show_schedule(file: Path, schedule: "Schedule") -> None:
         ("expected error", "not known" if schedule.expected_error is None else f"{schedule.expected_error:.3%}"),
         ("source", schedule.source or "not known"),
     ):
-        table.add_row(name, escape(str(value)))
+        table.add_row(fact, escape(str(value)))
     terminal.result(
         {
             "kind": "schedule",
-            "file": str(file),
+            "file": name,
             **schedule_facts(schedule),
             "denoiser": model.denoiser if model else None,
             "config": model.config if model else None,
         },
         f"schedule: {schedule}",
-        "".join("█" if t in keys else "·" for t in range(schedule.num_inference_steps)),
+        _strip(schedule.key_steps, schedule.num_inference_steps),
         table,
     )
 
 
-def _show_calibration(file: Path, calibration: "Calibration", chosen: int | None) -> None:
+def _show_calibration(name: str, calibration: "Calibration", chosen: int | None) -> None:
     facts = calibration.facts.model_dump(mode="json", exclude={"timesteps", "sigmas", "model", "calls"})
     model = calibration.facts.model
     table = Table(show_header=False, box=None)
-    for name, value in facts.items():
+    for fact, value in facts.items():
         if value is not None:
-            table.add_row(name.replace("_", " "), str(value))
+            table.add_row(fact.replace("_", " "), str(value))
     table.add_row("model", f"{model.denoiser}, configuration {model.config}")
     measured = "yes" if calibration.is_measured else "no (calibrate with --sensitivity measured)"
     table.add_row("sensitivity measured", measured)
@@ -94,7 +124,7 @@ def _show_calibration(file: Path, calibration: "Calibration", chosen: int | None
     terminal.result(
         {
             "kind": "calibration",
-            "file": str(file),
+            "file": name,
             **facts,
             "denoiser": model.denoiser,
             "config": model.config,

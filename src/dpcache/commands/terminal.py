@@ -56,6 +56,7 @@ def result(document: Mapping[str, Any], *words: RenderableType) -> None:
     for part in words:
         # Text is left as long as it is: a path in two lines is of no use.
         console.print(part, soft_wrap=isinstance(part, str), markup=False, emoji=False, highlight=False)
+    sys.stdout.flush()
 
 
 def note(text: str) -> None:

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from dpcache.errors import ExportError
+from dpcache.errors import ExportError, missing_extra
 from dpcache.schedule import Schedule
 
 Target = Literal["cache-dit", "sglang", "vllm-omni"]
@@ -69,12 +69,12 @@ class Export:
         """Arguments of `cache_dit.enable_cache(pipe, ...)`.
 
         Raises:
-            ExportError: cache-dit is not installed.
+            MissingExtraError: cache-dit is not installed.
         """
         try:
             import cache_dit
         except ImportError as error:
-            raise ExportError('cache-dit is not installed: pip install "cache-dit>=1.5".') from error
+            raise missing_extra("enabling cache-dit", error, "cache-dit>=1.5") from error
         taylor = cache_dit.TaylorSeerCalibratorConfig(taylorseer_order=self.order) if self.order else None
         return {"cache_config": cache_dit.DBCacheConfig(**self.cache_config), "calibrator_config": taylor}
 

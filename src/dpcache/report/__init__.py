@@ -1,12 +1,12 @@
 """The report: one HTML page, complete in itself, that shows what caching did to a model's pictures and its speed."""
 
+from dpcache.errors import missing_extra
+
 try:
     import jinja2
     import matplotlib
 except ImportError as error:
-    raise ImportError(
-        f'the report needs {error.name}, which is not installed: pip install "dpcache[report]"', name=error.name
-    ) from error
+    raise missing_extra("the report", error, "dpcache[report]") from error
 
 from .page import write_report
 
