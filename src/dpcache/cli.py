@@ -201,14 +201,52 @@ def generate(
     steps: Annotated[int | None, typer.Option("--steps", "-t", min=1, help="Steps; the schedule's, or 50.")] = None,
     seed: Seed = 0,
     settings: Settings = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Draw on a Ray cluster into the folder OUTPUT, and go on where that was interrupted: auto joins the "
+            "cluster that runs here, local starts one on this machine.",
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray: pipelines [what the GPUs allow].")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="With --ray: GPUs of each pipeline [1 where there are some].")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --ray: prompts in one call [1].")] = None,
 ) -> None:
     """Draws prompts, in full or with a schedule. Several pictures are numbered: image-0.png, image-1.png, ..."""
-    from .demo import save_picture
+    if ray is not None:
+        if output.suffix:
+            raise typer.BadParameter("with --ray pictures go into a folder: name one, for example -o pictures/.")
+        from .commands.generate_ray import generate_on_ray
+
+        arguments = {**_arguments(model, settings), **({"num_inference_steps": steps} if steps else {})}
+        generate_on_ray(
+            model,
+            prompt_file
+            if prompt_file and not prompts
+            else _inputs(model, prompts, prompt_file, held_out=True, count=1),
+            output,
+            say=out.print,
+            schedule=schedule,
+            num_workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            batch_size=batch or 1,
+            seed=seed,
+            address=ray,
+            **arguments,
+        )
+        return
+    if workers or gpus_per_worker is not None or batch:
+        raise typer.BadParameter("--workers, --gpus-per-worker and --batch are for --ray.")
     from .inputs import call_arguments, seeded
+    from .pictures import save_picture
     from .schedule import Schedule
 
     followed = Schedule.load(schedule) if schedule else None
-    inputs = _inputs(model, prompts, prompt_file, held_out=True, count=1)
+    inputs = _inputs(model, prompts, prompt_file, held_out=True, count=1, seed=seed)
     pipeline, arguments = _load(model, settings)
     arguments["num_inference_steps"] = steps or (followed.num_inference_steps if followed else 50)
     if followed is not None:
@@ -357,12 +395,23 @@ def _print_comparisons(comparisons: Any) -> None:
     out.print(table)
 
 
-def _inputs(model: str, prompts: list[str] | None, file: Path | None, *, held_out: bool, count: int) -> list[Any]:
-    """Prompts from the command line, a file, or the bundled model's own."""
+def _inputs(
+    model: str, prompts: list[str] | None, file: Path | None, *, held_out: bool, count: int, seed: int | None = None
+) -> list[Any]:
+    """Prompts from the command line, a file, or the bundled model's own.
+
+    Lines of JSON bring their noise along where a seed is given; else all of it comes from the command's own.
+    """
+    from .prompts import JSON_LINES, read_requests
     from .zoo import BUNDLED
 
-    given = list(prompts or [])
-    if file is not None:
+    given: list[Any] = list(prompts or [])
+    if file is not None and file.suffix in JSON_LINES:
+        from .inputs import noise_of
+
+        requests = read_requests(file, seed=seed or 0)
+        given += [{**r.arguments, **({} if seed is None else noise_of(r.seed))} for r in requests]
+    elif file is not None:
         given += [line.strip() for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
     if given:
         return given
@@ -373,11 +422,19 @@ def _inputs(model: str, prompts: list[str] | None, file: Path | None, *, held_ou
 
 
 def _load(model: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
-    """The pipeline, and the arguments of its calls: a bundled model's own, then those of --set."""
+    """The pipeline, and the arguments of its calls."""
     from .zoo import BUNDLED, load_pipeline
 
     if model in BUNDLED:
         settle_small_model()
+    arguments = _arguments(model, settings)
+    return load_pipeline(model), arguments
+
+
+def _arguments(model: str, settings: list[str] | None) -> dict[str, Any]:
+    """Arguments of a pipeline's calls: a bundled model's own, then those of --set."""
+    from .zoo import BUNDLED
+
     arguments = dict(BUNDLED[model].call_defaults) if model in BUNDLED else {}
     for setting in settings or []:
         name, equals, text = setting.partition("=")
@@ -387,7 +444,7 @@ def _load(model: str, settings: list[str] | None) -> tuple[Any, dict[str, Any]]:
             arguments[name] = json.loads(text)
         except json.JSONDecodeError:
             arguments[name] = text  # a word, not a number
-    return load_pipeline(model), arguments
+    return arguments
 
 
 def settle_small_model() -> None:

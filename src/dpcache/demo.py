@@ -3,12 +3,9 @@
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
-
 from .comparison import Comparison, compare_all
-from .files import write_whole
 from .measuring import calibrate
-from .metrics import Picture
+from .pictures import save_picture
 from .report import write_report
 from .selection import select
 from .zoo import BUNDLED, load_pipeline
@@ -76,13 +73,3 @@ def run_demo(
         plans=calibration.plan_all(),
     )
     return comparisons, report
-
-
-def save_picture(path: Path, picture: Picture) -> None:
-    """Writes a float picture [H, W, C] as PNG, or a clip [F, H, W, C] as an animated one."""
-    from PIL import Image
-
-    pixels = (picture * 255).round().clip(0, 255).astype(np.uint8)
-    first, *others = [Image.fromarray(frame) for frame in (pixels if pixels.ndim == 4 else pixels[None])]
-    options = {"save_all": True, "append_images": others, "duration": 125, "loop": 0} if others else {}
-    write_whole(path, lambda part: first.save(part, format="PNG", **options))

@@ -35,3 +35,11 @@ class UnknownModelError(DPCacheError, ValueError):
 
 class FileFormatError(DPCacheError, ValueError):
     """A calibration or schedule file is truncated, edited, of another version, or something else altogether."""
+
+
+class PromptError(DPCacheError, ValueError):
+    """A prompt, or a line of a file of them, that nothing can be drawn from."""
+
+
+class GenerationError(DPCacheError, RuntimeError):
+    """Some prompts could not be drawn, or none can be as things stand: no worker has the model, or sees the folder."""
