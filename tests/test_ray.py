@@ -206,15 +206,14 @@ def fragile() -> Any:
     return pipeline
 
 
-def test_prompts_that_kill_their_worker_do_not_stop_the_others(cluster, tmp_path):
-    prompts = [PROMPTS[0], "a bomb", "a crash", PROMPTS[1]]
+def test_a_prompt_that_kills_its_worker_does_not_stop_the_others(cluster, tmp_path):
+    prompts = [PROMPTS[0], "a bomb", PROMPTS[1]]
     arguments = {"num_inference_steps": 2, **LENGTH}
     results = generate(fragile, prompts, tmp_path, num_workers=1, max_retries=0, progress=False, **arguments)
-    drawn, bomb, crash, also = results
+    drawn, bomb, also = results
     assert drawn.error is None and also.error is None
     assert bomb.error == "its worker died: out of memory?" and bomb.file is None
-    assert crash.error == "AcceleratorError: CUDA error: device-side assert triggered"
-    assert set(entries(tmp_path)) == {INDEX, "000000.png", "000003.png"}
+    assert set(entries(tmp_path)) == {INDEX, "000000.png", "000002.png"}
     assert parquet.read_table(tmp_path / INDEX).to_pylist() == [vars(result) for result in results]
     assert (drawn.full_calls, drawn.num_inference_steps, drawn.num_key_steps) == (None, 2, 2)
 
@@ -249,6 +248,22 @@ def test_prompts_of_one_call(tmp_path):
     assert is_whole(tmp_path / "2.png")
 
 
+def test_a_worker_does_not_go_on_with_a_broken_device(tmp_path):
+    """Its process ends, so that another takes its place; what happened is on record."""
+    folder = Folder(tmp_path)
+    with folder.open():
+        worker = Worker(fragile, None, folder, tries=2)
+        call = {"jobs": jobs(["a crash"])}
+        child = os.fork()
+        if not child:
+            worker(call)
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 1
+        (first,) = folder.tries(Job("0", "", 0, {}, ""))
+        assert first.process == child
+        assert first.error == "AcceleratorError: CUDA error: device-side assert triggered"
+
+
 def test_a_picture_of_nothing_is_an_error(tmp_path):
     def broken() -> Any:
         pipeline = dpcache.load_pipeline("tiny-flux")
@@ -278,3 +293,17 @@ def test_wrong_usage(run):
     assert "name one" in run("generate", "tiny-flux", "a ring", "--ray", "local")[2]
     code, _, err = run("generate", "tiny-flux", "a ring", "--workers", "2")
     assert code == 2 and "are for --ray" in err
+
+
+def test_no_cluster(run, monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)  # the other tests' cluster is of no account
+    for address in ("127.0.0.1:1", "nonsense"):
+        code, _, err = run("generate", "tiny-flux", "a ring", "--ray", address, "-o", "rings")
+        assert code == 1 and f"no Ray cluster at '{address}' (" in err and "start one with" in err
+
+
+def test_without_ray_the_remedy_is_named(run, monkeypatch):
+    monkeypatch.delitem(sys.modules, "dpcache.integrations.ray")
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, _, err = run("generate", "tiny-flux", "a ring", "--ray", "local", "-o", "rings")
+    assert code == 1 and 'needs ray, which is not installed: pip install "dpcache[ray]"' in err

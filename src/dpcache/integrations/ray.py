@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import platform
+import socket
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -36,6 +37,8 @@ del pyarrow
 _MOST_TASKS = 10_000
 #: Of a cluster that is started here: only prompts and errors pass through its memory, no pictures.
 _OBJECT_STORE_BYTES = 256 * 2**20
+#: Seconds that the head of a cluster may take to answer.
+_PATIENCE = 10.0
 #: So much of an error's first line is kept.
 _LENGTH = 300
 
@@ -280,16 +283,24 @@ def _connected(address: str | None) -> Iterator[None]:
         return
     own = {"include_dashboard": False, "object_store_memory": _OBJECT_STORE_BYTES} if address == "local" else {}
     try:
+        _knock(address)
         ray.init(address=address, logging_level="warning", **own)
-    except ConnectionError as error:
+    except (OSError, ValueError) as error:
         raise GenerationError(
-            f"there is no Ray cluster at {address!r}: start one with `ray start --head`, name the address of "
+            f"no Ray cluster at {address!r} ({_said(error)}): start one with `ray start --head`, name the address of "
             "another, or say 'local' for one on this machine alone."
         ) from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+def _knock(address: str | None) -> None:
+    """Raises OSError where nobody answers at HOST:PORT: Ray itself tries for minutes."""
+    host, colon, port = (address or "").rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), timeout=_PATIENCE).close()
 
 
 def _resources(
