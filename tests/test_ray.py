@@ -282,7 +282,7 @@ def test_what_no_worker_can_do(cluster, tmp_path):
     assert "does not see" in Worker("tiny-flux", None, folder, 1)({"jobs": "[]"})["fault"]
     with folder.open():
         fault = Worker("tiny-flax", None, folder, 1)({"jobs": "[]"})["fault"]
-        assert "could not load the model: UnknownModelError: no pipeline named 'tiny-flax'" in fault
+        assert "could not set up the model: UnknownModelError: no pipeline named 'tiny-flax'" in fault
     with pytest.raises(GenerationError, match="no machine of the cluster has 2 GPUs"):
         generate("tiny-flux", PROMPTS, tmp_path, gpus_per_worker=2, address="local", progress=False)
     with pytest.raises(ValueError, match="batch_size must be 1 or more, got 0"):

@@ -152,7 +152,7 @@ class Worker:
 
                 enable(self.pipeline, schedule)
         except Exception as error:
-            self.fault = f"{where} could not load the model: {_said(error)}"
+            self.fault = f"{where} could not set up the model: {_said(error)}"
 
     def __call__(self, row: Mapping[str, str]) -> dict[str, str]:
         """Draws the prompts of one call; returns for each of them its error, empty where there is a picture."""
@@ -160,11 +160,15 @@ class Worker:
             return {"fault": self.fault, "errors": "{}"}
         jobs = [Job(**job) for job in json.loads(row["jobs"])]
         # After a worker's death its calls are repeated on another: part of this one may be done.
-        left = [job for job in jobs if self.folder.found(job) is None]
-        if len(left) > 1 and not any(self.folder.tries(job) for job in left) and not self._try(left):
-            left = []
+        left = self._missing(jobs)
+        if len(left) > 1 and not any(self.folder.tries(job) for job in left):
+            self._try(left)
+            left = self._missing(left)
         errors = {job.id: "" for job in jobs} | {job.id: self._draw(job) for job in left}
         return {"fault": "", "errors": json.dumps(errors)}
+
+    def _missing(self, jobs: Sequence[Job]) -> list[Job]:
+        return [job for job in jobs if self.folder.found(job) is None]
 
     def _draw(self, job: Job) -> str:
         """Draws one prompt, again where that fails; returns the last error, empty if there is none."""
