@@ -126,6 +126,27 @@ def test_json(ask):
     assert full["psnr_mean"] is None and full["ssim_mean"] == 1  # equal to the full run: infinite, which JSON is not
 
 
+def test_prompts_in_lines_of_json(run, ask):
+    """Every command that takes prompts draws what a line says; `generate` from the noise of its seed."""
+    lines = [{"id": "ring", "prompt": RING, "seed": 3}, {"prompt": STAR, "guidance_scale": 2.0}]
+    Path("prompts.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = ("tiny-flux", "--prompts", "prompts.jsonl")
+    assert ask("calibrate", *words, "-o", "c.safetensors", "-t", STEPS)["num_inputs"] == 2
+    calls = dpcache.Calibration.load("c.safetensors").facts.calls
+    assert [(call["prompt"], call.get("guidance_scale")) for call in calls] == [(RING, None), (STAR, 2.0)]
+    assert ask("plan", "c.safetensors", "-k", "4", "-o", "s.json")["corrected_steps"]
+    drawn = ask("generate", *words, "-s", "s.json", "-o", "a.png")["pictures"]
+    assert [(picture["input"], picture["seed"]) for picture in drawn] == [(RING, 3), (STAR, 1)]
+    ask("generate", "tiny-flux", RING, "-s", "s.json", "-o", "b.png", "--seed", "3")
+    assert Image.open("a-0.png").tobytes() == Image.open("b.png").tobytes()
+    (found,) = ask("compare", *words, "-s", "s.json")["comparisons"]
+    assert [sample["input"] for sample in found["samples"]] == [RING, STAR]
+    Path("prompts.jsonl").write_text('{"promt": "a ring"}')
+    for command in (("calibrate", *words), ("generate", *words), ("compare", *words, "-s", "s.json")):
+        code, _, err = run(*command)
+        assert code == 2 and "takes no argument 'promt': did you mean prompt" in err
+
+
 def test_measured_calibration_goes_on_and_tells_errors(run):
     command = ("calibrate", "tiny-flux", RING, "-t", STEPS, "--sensitivity", "measured", "--checkpoint", "kept")
     assert run(*command, "-o", "one.safetensors")[0] == 0

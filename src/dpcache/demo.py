@@ -2,14 +2,10 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from .comparison import Comparison, compare_all
-from .files import write_whole
 from .measuring import calibrate
-from .metrics import Picture
+from .pictures import save_picture
 from .report import write_report
 from .selection import select
 from .zoo import BUNDLED, load_pipeline
@@ -17,8 +13,6 @@ from .zoo import BUNDLED, load_pipeline
 CALIBRATION_INPUTS, JUDGING_INPUTS = 5, 3
 #: K / T: 13 and 9 of 50 steps.
 SHARES = (0.26, 0.18)
-#: What pictures are written as, by suffix.
-_FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}
 
 
 def run_demo(
@@ -86,25 +80,3 @@ def run_demo(
         plans=calibration.plan_all(),
     )
     return comparisons, report
-
-
-def save_picture(path: Path, picture: Picture) -> None:
-    """Writes a float picture [H, W, C], or a clip [F, H, W, C] as an animated one, in the format of the suffix.
-
-    Raises:
-        ValueError: the suffix is none of PNG, JPEG, WebP and GIF, or JPEG is wanted of a clip.
-    """
-    from PIL import Image
-
-    kind = _FORMATS.get(path.suffix.lower())
-    if kind is None or (kind == "JPEG" and picture.ndim == 4):
-        raise ValueError(
-            f"{path.name} cannot hold {'a clip' if picture.ndim == 4 else 'a picture'}: use .png or .webp."
-        )
-
-    pixels = (picture * 255).round().clip(0, 255).astype(np.uint8)
-    first, *others = [Image.fromarray(frame) for frame in (pixels if pixels.ndim == 4 else pixels[None])]
-    options: dict[str, Any] = {"quality": 95} if kind in ("JPEG", "WEBP") else {}
-    if others:
-        options |= {"save_all": True, "append_images": others, "duration": 125, "loop": 0}
-    write_whole(path, lambda part: first.save(part, format=kind, **options))

@@ -49,6 +49,14 @@ class MissingExtraError(DPCacheError, ImportError):
     """What is asked for needs packages that are not installed; the message names what to install."""
 
 
+class PromptError(DPCacheError, ValueError):
+    """A prompt, or a line of a file of them, that nothing can be drawn from."""
+
+
+class GenerationError(DPCacheError, RuntimeError):
+    """Some prompts could not be drawn, or none can be as things stand: no worker has the model, or sees the folder."""
+
+
 def missing_extra(what: str, error: ImportError, install: str) -> MissingExtraError:
     """The error to raise where something cannot be imported.
 

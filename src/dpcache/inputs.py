@@ -40,12 +40,14 @@ def seeded(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> dict[str, 
     if generator is None:
         if "generator" not in inspect.signature(type(pipeline).__call__).parameters:
             return dict(arguments)
-        generator = torch.Generator("cpu").manual_seed(seed)
-    elif isinstance(generator, list):
-        generator = [_copy(g) for g in generator]
-    else:
-        generator = _copy(generator)
+        return {**arguments, **noise_of(seed)}
+    generator = [_copy(g) for g in generator] if isinstance(generator, list) else _copy(generator)
     return {**arguments, "generator": generator}
+
+
+def noise_of(seed: int) -> dict[str, torch.Generator]:
+    """The argument of a call that makes its noise: on the CPU, so that it is the same on every device."""
+    return {"generator": torch.Generator("cpu").manual_seed(seed)}
 
 
 def label(pipeline: Any, arguments: Mapping[str, Any]) -> str:

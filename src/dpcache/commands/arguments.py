@@ -25,18 +25,33 @@ _TAKEN = {
 
 
 def read_inputs(
-    model: str, prompts: Sequence[str] | None, file: Path | None, *, held_out: bool, count: int
+    model: str,
+    prompts: Sequence[str] | None,
+    file: Path | None,
+    *,
+    held_out: bool,
+    count: int,
+    seed: int | None = None,
 ) -> list[Any]:
     """Prompts from the command line and a file, or so many of the bundled model's own.
 
+    Lines of JSON bring their noise along where a seed is given; else all of it comes from the command's own.
+
     Raises:
+        PromptError: a line of JSON cannot be used.
         typer.BadParameter: there are none.
         OSError: the file cannot be read.
     """
+    from dpcache.prompts import JSON_LINES, read_requests
     from dpcache.zoo import BUNDLED
 
-    given = list(prompts or [])
-    if file is not None:
+    given: list[Any] = list(prompts or [])
+    if file is not None and file.suffix in JSON_LINES:
+        from dpcache.inputs import noise_of
+
+        requests = read_requests(file, seed=seed or 0)
+        given += [{**r.arguments, **({} if seed is None else noise_of(r.seed))} for r in requests]
+    elif file is not None:
         try:
             text = sys.stdin.read() if str(file) == "-" else file.read_text(encoding="utf-8")
         except UnicodeDecodeError:
@@ -50,7 +65,7 @@ def read_inputs(
     if given:
         return given
     if model not in BUNDLED:
-        _check_name(model)
+        check_name(model)
         raise typer.BadParameter("give prompts, or a file of them with --prompts: only bundled models bring their own.")
     bundled = BUNDLED[model]
     return list(bundled.held_out_inputs(count) if held_out else bundled.calibration_inputs(count))
@@ -84,7 +99,7 @@ def load(model: str, inputs: Sequence[Any], arguments: Mapping[str, Any]) -> tup
     """
     from dpcache.zoo import BUNDLED, load_pipeline
 
-    _check_name(model)
+    check_name(model)
     if model in BUNDLED:
         settle_small_model()
     elif not terminal.progress():
@@ -92,7 +107,8 @@ def load(model: str, inputs: Sequence[Any], arguments: Mapping[str, Any]) -> tup
     terminal.note(f"loading {model}")
     pipeline = load_pipeline(model)
     terminal.listen()
-    _check_arguments(pipeline, arguments)
+    _check_arguments(pipeline, arguments, hidden=_TAKEN)
+    _check_arguments(pipeline, {name for item in inputs if isinstance(item, Mapping) for name in item})
     return pipeline, _as_taken(pipeline, inputs)
 
 
@@ -116,7 +132,7 @@ def _no_loading_bars() -> None:
     transformers.utils.logging.disable_progress_bar()
 
 
-def _check_name(model: str) -> None:
+def check_name(model: str) -> None:
     """Refuses a bundled model's name that was misspelt, before anything is loaded or asked of a hub."""
     from dpcache.errors import UnknownModelError
     from dpcache.zoo import BUNDLED
@@ -139,12 +155,13 @@ def _value(text: str) -> Any:
     return text
 
 
-def _check_arguments(pipeline: Any, arguments: Mapping[str, Any]) -> None:
+def _check_arguments(pipeline: Any, names: Collection[str], hidden: Collection[str] = ()) -> None:
+    """Refuses names of arguments that the call does not take; those of `hidden` are not suggested instead."""
     taken = inspect.signature(type(pipeline).__call__).parameters
     if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in taken.values()):
         return
-    possible = sorted(set(taken) - {"self", *_TAKEN})
-    for name in arguments:
+    possible = sorted(set(taken) - {"self", *hidden})
+    for name in sorted(names):
         if name not in taken:
             close = get_close_matches(name, possible)
             remedy = f"did you mean {' or '.join(close)}?" if close else f"it takes {', '.join(possible)}."

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpcache.prompts import JSON_LINES
+
 from . import terminal
-from .arguments import load, read_inputs, read_settings
+from .arguments import check_name, load, read_inputs, read_settings
 from .following import Source, computed_steps, follow, num_steps, read_calibration, read_schedule
+from .generate_ray import generate_on_ray
 from .options import SCHEDULE_HELP, CalibrationName, Model, Output, PromptFile, Prompts, Seed, Settings
-from .outputs import check_file
+from .outputs import check_file, check_folder
 
 if TYPE_CHECKING:
     from dpcache.calibration import Calibration
@@ -37,17 +40,52 @@ def generate(
     ] = None,
     seed: Seed = 0,
     settings: Settings = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Draw on a Ray cluster into the folder OUTPUT, and go on where that was interrupted: auto joins the "
+            "cluster that runs here, local starts one on this machine.",
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray: pipelines [what the GPUs allow].")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="With --ray: GPUs of each pipeline [1 where there are some].")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --ray: prompts in one call [1].")] = None,
 ) -> None:
     """Draws prompts, in full, with a schedule, or with what a calibration plans for the number of steps at hand.
 
     Several pictures are numbered: image-0.png, image-1.png, ... Their suffix makes them PNG, JPEG, WebP or GIF.
 
     --json: model, schedule, calibration (the one given, or null), num_inference_steps, and pictures, a list of file,
-    input, seed, seconds, and computed_steps (null where all were).
+    input, seed, seconds, and computed_steps (null where all were). With --ray: model, schedule, output, index (the
+    file that tells what became of each prompt), num_prompts and num_pictures.
     """
+    if ray is not None:
+        if calibration is not None or num_key_steps is not None:
+            raise typer.BadParameter("--ray takes a --schedule: plan one with `dpcache plan CALIBRATION -k 13`.")
+        call = {**read_settings(model, settings), **({"num_inference_steps": steps} if steps else {})}
+        generate_on_ray(
+            model,
+            _for_ray(model, prompts, prompt_file, output),
+            output,
+            schedule,
+            schedule=None if schedule is None else read_schedule(schedule, steps, model=model),
+            num_workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            batch_size=batch or 1,
+            seed=seed,
+            address=ray,
+            **call,
+        )
+        return
+    if workers or gpus_per_worker is not None or batch:
+        raise typer.BadParameter("--workers, --gpus-per-worker and --batch are for --ray.")
     check_file(output, "picture", PICTURES)
     followed = _followed(model, schedule, calibration, num_key_steps, steps)
-    inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=1)
+    inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=1, seed=seed)
     arguments = read_settings(model, settings)
     pipeline, inputs = load(model, inputs, arguments)
     if output.suffix.lower() not in CLIPS and "num_frames" in inspect.signature(type(pipeline).__call__).parameters:
@@ -84,12 +122,25 @@ def _followed(
     return None
 
 
+def _for_ray(model: str, prompts: list[str] | None, file: Path | None, output: Path) -> Any:
+    """What to draw on a cluster: the file, or a list."""
+    if output.suffix:
+        raise typer.BadParameter("with --ray pictures go into a folder: name one, for example -o pictures/.")
+    check_folder(output)
+    check_name(model)
+    if file is not None and str(file) != "-" and not prompts:
+        return file
+    if file is not None and file.suffix in JSON_LINES:
+        raise typer.BadParameter(f"give prompts as they are or in {file.name}, whose lines have names, not both.")
+    return read_inputs(model, prompts, file, held_out=True, count=1)
+
+
 def _draw(pipeline: Any, inputs: list[Any], arguments: dict[str, Any], output: Path, seed: int) -> list[dict[str, Any]]:
     """Draws and writes every input; what JSON says of each picture."""
     from tqdm.auto import tqdm
 
-    from dpcache.demo import save_picture
     from dpcache.inputs import call_arguments, label, seeded
+    from dpcache.pictures import save_picture
 
     calls = call_arguments(inputs, arguments)
     pipeline.set_progress_bar_config(disable=not terminal.progress(), leave=len(calls) == 1)
@@ -108,7 +159,7 @@ def _draw(pipeline: Any, inputs: list[Any], arguments: dict[str, Any], output: P
                     {
                         "file": str(path),
                         "input": label(pipeline, call),
-                        "seed": seed + number,
+                        "seed": call["generator"].initial_seed() if "generator" in call else seed + number,
                         "seconds": seconds,
                         "computed_steps": computed_steps(pipeline),
                     }

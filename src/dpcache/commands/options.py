@@ -26,7 +26,12 @@ Prompts = Annotated[
     typer.Argument(help="Prompts, or classes of a model of classes. Bundled models bring some of their own."),
 ]
 PromptFile = Annotated[
-    Path | None, typer.Option("--prompts", help="A file with one prompt per line; - reads standard input.")
+    Path | None,
+    typer.Option(
+        "--prompts",
+        help="A file with one prompt per line, or .jsonl with one JSON object per line: prompt, further arguments of "
+        "the call, and for generate id and seed; - reads lines of text from standard input.",
+    ),
 ]
 Settings = Annotated[
     list[str] | None,

@@ -1,1 +1,1 @@
-"""Bridges to other programs, each alone in its file."""
+"""Bridges to other software, each alone in its file; none is imported before it is asked for."""
