@@ -19,7 +19,8 @@ check: .venv/installed  ## style and types
 	$(BIN)/mypy
 
 docs: .venv/installed  ## the documentation as a site: site/index.html
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+	@echo open site/index.html in a browser, or for its search: python -m http.server -d site
 
 .venv/installed: pyproject.toml constraints.txt
 	test -d .venv || $(PYTHON) -m venv .venv
