@@ -5,19 +5,23 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
+from .adaptive import LEAST_INPUTS, Decision, Found, Guide
 from .denoisers import find_denoisers, identify
 from .errors import CacheStateError, ScheduleMismatchError
+from .plans import Plans
 from .schedule import Schedule, Term
-from .schedulers import Plans
 from .sums import keep, weighted_sum
 from .watch import Branch, Call, Grid, Moved, Watch
 
 if TYPE_CHECKING:
     from .calibration import Calibration
+
+#: What to do where a sample's errors are beyond those of the calibration inputs.
+OnDrift = Literal["warn", "full", "ignore"]
 
 
 @dataclass
@@ -33,6 +37,10 @@ class Stats:
         cached_values: values held now.
         cached_bytes: bytes they take, on the device or, offloaded, in host memory.
         peak_cached_bytes: the most bytes held at any time.
+        drift: by how many times errors at the key steps of the latest generation were larger than those of the
+            calibration inputs; None where they were not compared, or too few.
+        decisions: what was found at each key step of the latest generation, and what followed; only with
+            `enable(..., adaptive=True)`.
     """
 
     generations: int = 0
@@ -43,9 +51,19 @@ class Stats:
     cached_values: int = 0
     cached_bytes: int = 0
     peak_cached_bytes: int = 0
+    drift: float | None = None
+    decisions: tuple[Decision, ...] = ()
 
 
-def enable(pipeline: Any, schedule: "Schedule | Calibration", *, offload: bool = False, **planning: Any) -> None:
+def enable(
+    pipeline: Any,
+    schedule: "Schedule | Calibration",
+    *,
+    offload: bool = False,
+    adaptive: bool = False,
+    on_drift: OnDrift | None = None,
+    **planning: Any,
+) -> None:
     """Makes every following call of the pipeline follow the schedule, until `disable`.
 
     Given a calibration instead, every call follows a schedule planned for its own noise levels, whatever its number of
@@ -63,6 +81,15 @@ def enable(pipeline: Any, schedule: "Schedule | Calibration", *, offload: bool =
         offload: keep the cached values in host memory (pinned, for a GPU) and bring them back a piece at a time. Takes
             next to nothing of the device's memory, and at every skipped step the time to copy up to order + 1 values:
             worth it for long videos, where a value takes hundreds of megabytes and a full step many seconds.
+        adaptive: with a calibration, let every generation choose its key steps by what it meets: where predictions err
+            more than they did on the calibration inputs the next key step comes earlier, where they err less, later.
+            The number of full calls is then that of the plan on average over the calibration inputs. Reads one number
+            from the device at every key step. A batch decides together, by the error over all of it. `Stats.decisions`
+            tells what was decided and why.
+        on_drift: with a calibration, what to do where errors at key steps are so much larger than those of the
+            calibration inputs that the calibration does not fit: `"warn"`, once; compute the rest of the generation in
+            `"full"`, and warn; or `"ignore"`. To warn nothing is read from the device before the last step; `"full"`
+            reads a number at every key step. Unless given `"warn"`, with at least four calibration inputs.
         planning: with a calibration, arguments of `Calibration.plan`.
 
     Raises:
@@ -71,16 +98,19 @@ def enable(pipeline: Any, schedule: "Schedule | Calibration", *, offload: bool =
         UnsupportedPipelineError: the pipeline cannot be followed, or not at the schedule's boundary.
         CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan`. A call whose noise levels are beyond
             those of the calibration raises GridError, after its first step.
-        TypeError: arguments to plan with were given with a schedule.
+        TypeError: what only a calibration can do was asked for with a schedule.
     """
     require_disabled(pipeline)
     plans = None
     if not isinstance(schedule, Schedule):
-        plans = Plans(schedule, planning)
-        schedule = plans.own
-    elif planning:
-        raise TypeError(f"a schedule is planned already: {', '.join(planning)} can be given with a calibration only.")
-    cache = Cache(schedule, offload, plans)
+        on_drift = on_drift or ("warn" if len(schedule.value_gram) >= LEAST_INPUTS else "ignore")
+        plans = Plans(schedule, planning, adaptive=adaptive, watched=on_drift != "ignore")
+        schedule, _ = plans.own
+    else:
+        asked = [*planning, *(["adaptive"] if adaptive else []), *(["on_drift"] if on_drift else [])]
+        if asked:
+            raise TypeError(f"a schedule is planned already: {', '.join(asked)} can be given with a calibration only.")
+    cache = Cache(schedule, offload, plans, on_drift or "ignore")
     identity = identify(find_denoisers(pipeline))
     if schedule.model is not None and not schedule.model.admits(identity):
         raise ScheduleMismatchError(
@@ -106,11 +136,9 @@ def disable(pipeline: Any) -> None:
 
 
 @contextmanager
-def enabled(
-    pipeline: Any, schedule: "Schedule | Calibration", *, offload: bool = False, **planning: Any
-) -> Iterator[Any]:
-    """`enable` on entering, `disable` on leaving, also after an exception. Yields the pipeline."""
-    enable(pipeline, schedule, offload=offload, **planning)
+def enabled(pipeline: Any, schedule: "Schedule | Calibration", **how: Any) -> Iterator[Any]:
+    """`enable` on entering, with its arguments; `disable` on leaving, also after an exception. Yields the pipeline."""
+    enable(pipeline, schedule, **how)
     try:
         yield pipeline
     finally:
@@ -170,11 +198,40 @@ class _Ring:
         return weighted_sum([value.detach().contiguous(), *others], [own, *shares.values()], value.device)
 
 
+@dataclass
+class _Comparison:
+    """What the key steps of one generation told; errors are read from the device when they are needed."""
+
+    found: Found = field(default_factory=Found)
+    decisions: list[Decision] = field(default_factory=list)
+    step: int | None = None
+    _pending: list[tuple[Any, torch.Tensor]] = field(default_factory=list)
+
+    def add(self, usual: Any, error: torch.Tensor) -> None:
+        self._pending.append((usual, error))
+
+    def settle(self) -> None:
+        if self._pending:
+            logarithms = torch.stack([error for _, error in self._pending]).clamp(min=1e-15).log().tolist()
+            for (usual, _), logarithm in zip(self._pending, logarithms, strict=True):
+                self.found.add(usual, logarithm)
+            self._pending.clear()
+
+
+def _relative_error(predicted: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """RMS difference as a share of the value, on the device."""
+    off, size = (torch.linalg.vector_norm(of, dtype=torch.float32) for of in (predicted - value, value))
+    return torch.div(off, size.clamp(min=1e-30))
+
+
 class Cache:
     """Follows a schedule on one pipeline: the observer behind `enable`."""
 
-    def __init__(self, schedule: Schedule, offload: bool = False, plans: Plans | None = None) -> None:
-        self.schedule, self.offload, self._plans = schedule, offload, plans
+    def __init__(
+        self, schedule: Schedule, offload: bool = False, plans: Plans | None = None, on_drift: OnDrift = "ignore"
+    ) -> None:
+        self.schedule, self.offload, self._plans, self._on_drift = schedule, offload, plans, on_drift
+        self._guide: Guide | None = None
         self.watch: Watch | None = None
         self._rings: dict[Branch, _Ring] = {}
         #: From which step of the loop on -> what is left of the schedule; empty where it does not cover the loop.
@@ -182,8 +239,11 @@ class Cache:
         self._stats = Stats()
         self._computed: set[int] = set()
         self._predicted: set[int] = set()
+        self._comparison = _Comparison()
+        self._warned = False
 
     def begin(self) -> None:
+        self._guide, self._comparison = None, _Comparison()
         self._rings.clear()
         self._left = {}
         self._computed.clear()
@@ -193,7 +253,7 @@ class Cache:
     def located(self, grid: Grid) -> None:
         if self._plans is not None:
             assert self.watch is not None
-            self.schedule = self._plans.schedule(self.watch.scheduler, grid.start)
+            self.schedule, self._guide = self._plans.on(self.watch.scheduler, grid.start)
         expected = self.schedule.num_inference_steps
         if grid.num_steps == expected:
             self._left[0] = self.schedule
@@ -220,10 +280,12 @@ class Cache:
         self._stats.full_calls += 1
         ring = self._rings[call.branch]
         step = call.step - ring.start
+        if self._guide is not None and not ring.start and self._comparison.step != step:
+            self._compare(self._guide, ring, step, value)
         if correction := self._correction(ring, step):
             output = call.predicted(ring.corrected(value, step, correction))
         if self._wanted(call):
-            self._forget(ring, step)
+            self._forget(ring, step, self._spared())
             ring.keep(step, value, self.offload)
             self._stats.peak_cached_bytes = max(self._stats.peak_cached_bytes, self._held_bytes())
         return output
@@ -254,7 +316,7 @@ class Cache:
             return call.step == 0
         ring = self._rings[call.branch]
         step = call.step - ring.start
-        return self._schedule_of(ring).last_uses.get(step, step) > step
+        return bool(self._spared()) or self._schedule_of(ring).last_uses.get(step, step) > step
 
     def _schedule_of(self, ring: _Ring) -> Schedule:
         if ring.start not in self._left:
@@ -263,16 +325,68 @@ class Cache:
 
     def end_step(self, step: int, moved: Moved) -> None:
         for ring in self._rings.values():
-            self._forget(ring, step - ring.start)
+            self._forget(ring, step - ring.start, self._spared() and self._spared() + 1)
 
-    def _forget(self, ring: _Ring, step: int) -> None:
-        """Drops values that no step after this one is made from."""
+    def _forget(self, ring: _Ring, step: int, spared: int) -> None:
+        """Drops values that no step after this one is made from, but for so many of the latest."""
         if ring.values:
             last_uses = self._schedule_of(ring).last_uses
-            for key in [key for key in ring.values if last_uses[key] <= step]:
+            old = sorted(ring.values)[: len(ring.values) - spared]
+            for key in [key for key in old if last_uses.get(key, key) <= step]:
                 del ring.values[key]
 
+    def _spared(self) -> int:
+        """Of values beside the one at hand, how many are kept in case that the schedule changes."""
+        return self.schedule.order if self._guide is not None and self._decides() else 0
+
+    def _decides(self) -> bool:
+        """Whether what is found at a key step matters before the end."""
+        return self._on_drift == "full" or (self._guide is not None and self._guide.adaptive)
+
+    def _compare(self, guide: Guide, ring: _Ring, step: int, value: torch.Tensor) -> None:
+        """Holds the computed value against its prediction; the first branch of a step speaks for all."""
+        comparison = self._comparison
+        comparison.step = step
+        known = sorted(ring.values)[-guide.usual.predictor.order - 1 :]
+        if known:
+            coefficients = guide.usual.predictor.coefficients(known, [step])[0]
+            used = known[-len(coefficients) :]
+            pairs = zip(used, coefficients.tolist(), strict=True)
+            predicted = ring.predict(tuple(Term(key_step=key, coefficient=share) for key, share in pairs))
+            comparison.add(guide.usual.logarithms(known, step), _relative_error(predicted, value))
+        if not self._decides():
+            return
+        comparison.settle()
+        if self._on_drift == "full" and comparison.found.has_drifted():
+            keys = [
+                *(key for key in self._left[0].key_steps if key <= step),
+                *range(step + 1, guide.start.num_inference_steps),
+            ]
+            self._left = {0: guide.schedule(keys)}
+            self._guide = None
+        elif guide.adaptive:
+            keys = guide.path(step, self._left[0].key_steps, comparison.found.residuals)
+            comparison.decisions.append(guide.decision(step, keys, comparison.found.residuals if known else None))
+            self._left = {0: guide.schedule(keys)}
+
+    def _tell_drift(self) -> None:
+        comparison = self._comparison
+        comparison.settle()
+        drift = comparison.found.drift()
+        if drift is None or not comparison.found.has_drifted() or self._on_drift == "ignore" or self._warned:
+            return
+        self._warned = True
+        ratio, limit = drift
+        then = " The rest of it was computed in full." if self._on_drift == "full" else ""
+        warnings.warn(
+            f"the calibration does not fit this generation: predictions err {ratio:.2f} times as much as on the "
+            f"calibration inputs, of which hardly any would exceed {limit:.2f}.{then} Calibrate with inputs like this "
+            "one (its prompt, LoRA, size, guidance), or take more key steps. Told once; see dpcache.stats(pipe).drift.",
+            stacklevel=2,
+        )
+
     def end(self) -> None:
+        self._tell_drift()
         self._rings.clear()
 
     def _held_bytes(self) -> int:
@@ -281,6 +395,10 @@ class Cache:
     def stats(self) -> Stats:
         self._stats.cached_values = sum(len(ring.values) for ring in self._rings.values())
         self._stats.cached_bytes = self._held_bytes()
+        self._comparison.settle()
+        drift = self._comparison.found.drift()
+        self._stats.drift = drift and drift[0]
+        self._stats.decisions = tuple(self._comparison.decisions)
         self._stats.computed_steps = tuple(sorted(self._computed - self._predicted))
         self._stats.predicted_steps = tuple(sorted(self._predicted))
         return Stats(**vars(self._stats))

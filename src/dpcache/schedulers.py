@@ -1,7 +1,7 @@
 """Schedulers of diffusers, read from outside: the noise levels of their grid, and how far they move the sample."""
 
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -10,10 +10,6 @@ import torch
 from .costs import step_influence
 from .errors import GridError
 from .grids import FLOW, NoiseGrid
-from .schedule import Schedule
-
-if TYPE_CHECKING:
-    from .calibration import Calibration
 
 Array = npt.NDArray[np.float64]
 
@@ -107,51 +103,3 @@ def _alone(scheduler: Any) -> Any:
             value = getattr(scheduler, name)
             setattr(alone, name, value.cpu() if isinstance(value, torch.Tensor) else value)
     return alone
-
-
-class Plans:
-    """Schedules from one calibration for whatever grids a pipeline is called with, each planned when it is first met.
-
-    Args:
-        calibration: what to plan from.
-        settings: of `Calibration.plan`. A loop with no more steps than `num_key_steps` is computed in full.
-
-    Raises:
-        CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan` on the calibration's own grid.
-    """
-
-    def __init__(self, calibration: "Calibration", settings: dict[str, Any]) -> None:
-        self.calibration, self.settings = calibration, settings
-        #: For the grid that was recorded.
-        self.own = self._planned(calibration)
-        self._known: dict[tuple[float, ...], Schedule] = {}
-
-    def schedule(self, scheduler: Any, start: int) -> Schedule:
-        """The schedule for a loop of this scheduler that begins at this step of its grid.
-
-        Raises:
-            GridError: as `Calibration.on_grid`.
-        """
-        levels = noise_levels(scheduler, start)
-        if levels is None:
-            raise GridError(
-                f"the noise levels of {type(scheduler).__name__} are not known: give dpcache.enable a schedule, "
-                "planned from a calibration with this scheduler and number of steps."
-            )
-        if levels not in self._known:
-            recorded = self.calibration.grid
-            same = recorded is not None and recorded.is_same(NoiseGrid(np.array(levels), prediction_type(scheduler)))
-            kind = type(scheduler).__name__ == self.calibration.facts.scheduler
-            self._known[levels] = (
-                self.own
-                if same and kind
-                else self._planned(self.calibration.on_grid(scheduler=noise_grid(scheduler, start)))
-            )
-        return self._known[levels]
-
-    def _planned(self, calibration: "Calibration") -> Schedule:
-        steps, settings = calibration.facts.num_inference_steps, dict(self.settings)
-        for name in ("num_key_steps", "speedup"):
-            if settings.get(name) is not None:
-                settings[name] = min(settings[name], steps)
-        return calibration.plan(**settings)
