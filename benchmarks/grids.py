@@ -166,7 +166,9 @@ def page(results: Sequence[Row]) -> str:
         "by one can make a plan a decibel better or worse, which averages out. Planning includes stepping a copy of "
         "the scheduler, interpolation and the cost tensor.\n",
         f"\n{kept} of {len(gains)} rows are within {TARGET} dB of direct calibration or better, of the means over five "
-        f"budgets {kept_mean}. On average over all grids and budgets the difference is {average:+.2f} dB.\n",
+        f"budgets {kept_mean}. On average over all grids and budgets the difference is {average:+.2f} dB. Single rows "
+        "say little: calibrating on other inputs of the same kind changes a plan by as much "
+        "([planning.md](planning.md#other-calibration-inputs)).\n",
     ]
     for result in results:
         libraries = ", ".join(f"{name} {number}" for name, number in result["versions"].items())

@@ -160,7 +160,7 @@ def _planned(
     seed: int,
 ) -> "list[tuple[Source, Schedule]]":
     from dpcache.inputs import call_arguments, seeded
-    from dpcache.schedulers import Plans
+    from dpcache.plans import Plans
 
     sources = [Source(name, budget) for budget in budgets]
     for source in sources:

@@ -12,8 +12,8 @@ from dpcache.errors import CacheStateError, ScheduleMismatchError
 
 if TYPE_CHECKING:
     from dpcache.calibration import Calibration
+    from dpcache.plans import Plans
     from dpcache.schedule import Boundary, Schedule
-    from dpcache.schedulers import Plans
 
 
 @dataclass(frozen=True)
@@ -91,13 +91,13 @@ def num_steps(followed: "Schedule | Calibration") -> int:
     return followed.facts.num_inference_steps if hasattr(followed, "facts") else followed.num_inference_steps
 
 
-def follow(pipeline: Any, source: Source, followed: "Schedule | Calibration") -> None:
-    """`dpcache.enable`, with the source named in what it refuses."""
+def follow(pipeline: Any, source: Source, followed: "Schedule | Calibration", **how: Any) -> None:
+    """`dpcache.enable`, with its arguments, and with the source named in what it refuses."""
     from dpcache.cache import enable
 
     planning: dict[str, Any] = {} if source.num_key_steps is None else {"num_key_steps": source.num_key_steps}
     try:
-        enable(pipeline, followed, **planning)
+        enable(pipeline, followed, **planning, **how)
     except ScheduleMismatchError as error:
         raise ScheduleMismatchError(f"{source.name}: {error}") from error
 
@@ -138,4 +138,4 @@ def planned(pipeline: Any, plans: "Sequence[Plans]", boundary: "Boundary", call:
 
     with contextlib.suppress(Begun):
         record(pipeline, call, boundary=boundary, on_step=leave)
-    return [plan.schedule(pipeline.scheduler, 0) for plan in plans]
+    return [plan.on(pipeline.scheduler, 0)[0] for plan in plans]

@@ -3,7 +3,7 @@
 import inspect
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -32,6 +32,13 @@ def generate(
     calibration: CalibrationName = None,
     num_key_steps: Annotated[
         int | None, typer.Option("--key-steps", "-k", min=1, help="K, with --calibration: steps to compute in full.")
+    ] = None,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="With --calibration: let every picture choose its key steps as it goes.")
+    ] = False,
+    on_drift: Annotated[
+        Literal["warn", "full", "ignore"] | None,
+        typer.Option(help="With --calibration: what to do where it does not fit a picture [warn]."),
     ] = None,
     output: Output = Path("image.png"),
     prompt_file: PromptFile = None,
@@ -85,6 +92,8 @@ def generate(
         raise typer.BadParameter("--workers, --gpus-per-worker and --batch are for --ray.")
     check_file(output, "picture", PICTURES)
     followed = _followed(model, schedule, calibration, num_key_steps, steps)
+    if calibration is None and (adaptive or on_drift is not None):
+        raise typer.BadParameter("--adaptive and --on-drift go with --calibration FILE -k 13.")
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=1, seed=seed)
     arguments = read_settings(model, settings)
     pipeline, inputs = load(model, inputs, arguments)
@@ -94,7 +103,9 @@ def generate(
             f"{output.with_suffix('.gif')} (or {', '.join(CLIPS)})."
         )
     if followed is not None:
-        follow(pipeline, *followed)
+        how: dict[str, Any] = {} if calibration is None else {"adaptive": adaptive, "on_drift": on_drift}
+        source, plan = followed
+        follow(pipeline, source, plan, **how)
     arguments["num_inference_steps"] = steps or (num_steps(followed[1]) if followed is not None else 50)
     pictures = _draw(pipeline, inputs, {"output_type": "np", **arguments}, output, seed)
     terminal.result(
