@@ -10,12 +10,11 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
 
 import torch
 
 import dpcache
-from benchmarks.results import RESULTS, ROOT, STEPS, Pictures, Row, Subject, scores, table
+from benchmarks.results import RESULTS, ROOT, STEPS, Pictures, Row, Subject, _plain, _rounded, scores, table
 
 MODELS = ("tiny-flux", "tiny-dit", "tiny-hunyuan-video")
 COUNTS = (20, 28, 40, 100)
@@ -181,14 +180,6 @@ def page(results: Sequence[Row]) -> str:
     return "\n".join(parts)
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return round(value, 4)
-    if isinstance(value, dict):
-        return {key: _rounded(item) for key, item in value.items()}
-    return [_rounded(item) for item in value] if isinstance(value, list | tuple) else value
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0], epilog="example: python -m benchmarks.grids tiny-dit --inputs 8"
@@ -202,7 +193,7 @@ def main() -> None:
     path = RESULTS / "grids.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for model in () if options.page_only else options.models or MODELS:
-        found[model] = json.loads(json.dumps(_rounded(measure(model, options.inputs))))
+        found[model] = _rounded(json.loads(json.dumps(measure(model, options.inputs), default=_plain)))
         path.write_text(json.dumps(found, indent=1) + "\n")
     (ROOT / "docs" / "grids.md").write_text(page([found[model] for model in MODELS if model in found]))
 

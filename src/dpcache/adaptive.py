@@ -77,9 +77,17 @@ class Usual:
 
     def __init__(self, gram: Array, predictor: Predictor) -> None:
         self.gram, self.predictor = gram, predictor
+        #: Generations meet the same key steps again and again.
+        self._found: dict[tuple[int, ...], Array] = {}
 
     def logarithms(self, known: Sequence[int], step: int) -> Array:
         """float64 [inputs]: logarithm of the relative RMS error of predicting the value at a step from known ones."""
+        key = (*known, step)
+        if key not in self._found:
+            self._found[key] = self._logarithms(known, step)
+        return self._found[key]
+
+    def _logarithms(self, known: Sequence[int], step: int) -> Array:
         error = np.zeros(self.gram.shape[1])
         error[step] = 1.0
         coefficients = self.predictor.coefficients(known, [step])[0]

@@ -14,7 +14,7 @@ from .denoisers import find_denoisers, identify
 from .errors import CacheStateError, ScheduleMismatchError
 from .plans import Plans
 from .schedule import Schedule, Term
-from .sums import keep, weighted_sum
+from .sums import keep, weighted_sum, with_correction
 from .watch import Branch, Call, Grid, Moved, Watch
 
 if TYPE_CHECKING:
@@ -190,13 +190,6 @@ class _Ring:
         used = [self.values[term.key_step] for term in terms]
         return weighted_sum(used, [term.coefficient for term in terms], self.device)
 
-    def corrected(self, value: torch.Tensor, step: int, terms: tuple[Term, ...]) -> torch.Tensor:
-        """The value computed at this key step, and the correction added."""
-        shares = {term.key_step: term.coefficient for term in terms}
-        own = 1.0 + shares.pop(step, 0.0)
-        others = [self.values[key] for key in shares]
-        return weighted_sum([value.detach().contiguous(), *others], [own, *shares.values()], value.device)
-
 
 @dataclass
 class _Comparison:
@@ -282,8 +275,9 @@ class Cache:
         step = call.step - ring.start
         if self._guide is not None and not ring.start and self._comparison.step != step:
             self._compare(self._guide, ring, step, value)
-        if correction := self._correction(ring, step):
-            output = call.predicted(ring.corrected(value, step, correction))
+        terms = self._schedule_of(ring).corrections.get(step, ()) if self._left else ()
+        if (corrected := with_correction(value, step, terms, ring.values)) is not None:
+            output = call.predicted(corrected)
         if self._wanted(call):
             self._forget(ring, step, self._spared())
             ring.keep(step, value, self.offload)
@@ -301,13 +295,6 @@ class Cache:
         if ring is None or ring.shape != call.shape:
             self._rings[call.branch] = _Ring(call.shape, call.step)
         return None
-
-    def _correction(self, ring: _Ring, step: int) -> tuple[Term, ...] | None:
-        """What is to be added to what this key step hands on; None where the values it takes are not there."""
-        terms = self._schedule_of(ring).corrections.get(step) if self._left else None
-        if terms is None or not all(term.key_step in ring.values or term.key_step == step for term in terms):
-            return None
-        return terms
 
     def _wanted(self, call: Call) -> bool:
         """Whether a later step may be predicted from this one's value."""

@@ -1,8 +1,12 @@
 """The weighted sum that predicts a value: the whole arithmetic of a skipped step."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from .schedule import Term
 
 #: Elements taken at a time, by kind of device: the sum so far then stays in a processor's cache, and what it takes in
 #: float32 is little next to the values themselves.
@@ -39,6 +43,25 @@ def weighted_sum(values: Sequence[torch.Tensor], coefficients: Sequence[float], 
         if total is not into:
             into.copy_(total)
     return result
+
+
+def with_correction(
+    value: torch.Tensor, step: int, terms: "Sequence[Term]", cached: Mapping[int, torch.Tensor]
+) -> torch.Tensor | None:
+    """The value computed at a key step with the schedule's correction added; None where there is none to be made.
+
+    Args:
+        value: what was computed at this step; not cached yet.
+        step: the key step.
+        terms: of the correction, none if it has no correction.
+        cached: key step -> value. The correction is left out where it takes a value that is not there.
+    """
+    shares = {term.key_step: term.coefficient for term in terms}
+    own = 1.0 + shares.pop(step, 0.0)
+    if not terms or not shares.keys() <= cached.keys():
+        return None
+    values = [value.detach().contiguous(), *(cached[key] for key in shares)]
+    return weighted_sum(values, [own, *shares.values()], value.device)
 
 
 def keep(value: torch.Tensor, *, offload: bool) -> torch.Tensor:

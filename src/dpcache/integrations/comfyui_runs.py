@@ -11,7 +11,7 @@ import torch
 from dpcache.errors import CalibrationError
 from dpcache.recording import RecordedRun
 from dpcache.schedule import Schedule, Term
-from dpcache.sums import weighted_sum
+from dpcache.sums import weighted_sum, with_correction
 from dpcache.watch import Branch
 
 #: A noise level is a planned one if it is nearer than this share of the way to the next.
@@ -150,12 +150,8 @@ class Following:
     def _corrected(self, ring: _Ring, step: int, value: torch.Tensor) -> torch.Tensor:
         """A computed value and the schedule's correction; the value itself where there is none."""
         now = step - ring.start
-        shares = {term.key_step: term.coefficient for term in self._schedule_of(ring).corrections.get(now, ())}
-        if not shares or not all(key in ring.values or key == now for key in shares):
-            return value
-        own = 1.0 + shares.pop(now, 0.0)
-        others = [ring.values[key] for key in shares]
-        return weighted_sum([value, *others], [own, *shares.values()], value.device)
+        found = with_correction(value, now, self._schedule_of(ring).corrections.get(now, ()), ring.values)
+        return value if found is None else found
 
     def _terms(self, name: Chunk, sample: torch.Tensor, step: int) -> tuple[Term, ...] | None:
         """What to predict a chunk from; None if it is to be computed. It has a ring that fits it then."""
