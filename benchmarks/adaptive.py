@@ -199,7 +199,7 @@ def drift(subject: Subject, calibration: dpcache.Calibration) -> list[Row]:
 
 def _limit(subject: Subject, calibration: dpcache.Calibration) -> float:
     """Above which a whole generation with 13 key steps has drifted."""
-    from dpcache.adaptive import Found, Guide
+    from dpcache.run.adaptive import Found, Guide
 
     schedule = calibration.plan(13)
     guide, found, keys = Guide(calibration, schedule, {}, False), Found(), schedule.key_steps

@@ -12,8 +12,8 @@ import torch
 
 import dpcache
 from benchmarks.results import FIRST_SEED, Pictures, Subject
-from dpcache.denoisers import find_blocks, find_denoisers
-from dpcache.metrics import psnr
+from dpcache.judge.metrics import psnr
+from dpcache.run.denoisers import find_blocks, find_denoisers
 from dpcache.zoo import Inputs
 
 INPUTS, CALIBRATED = 16, 10

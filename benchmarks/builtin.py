@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from dpcache import plan_all
-from dpcache.builtin import FOLDER, Builtin, BuiltinPlan
-from dpcache.denoisers import identify
-from dpcache.files import write_whole
-from dpcache.schedule import ModelIdentity
+from dpcache.files.whole import write_whole
+from dpcache.plan.builtin import FOLDER, Builtin, BuiltinPlan
+from dpcache.plan.schedule import ModelIdentity
+from dpcache.run.denoisers import identify
 
 COST = Path(__file__).parents[1] / "tests" / "reference" / "flux1_dev_t50_cost.npz"
 KEY_STEPS = range(7, 26)

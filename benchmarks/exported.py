@@ -19,8 +19,8 @@ import dpcache
 from benchmarks.bench import Bench, Outcome, Setting
 from benchmarks.peer_methods import scheduled
 from benchmarks.results import RESULTS, STEPS, scores, table
-from dpcache.denoisers import find_blocks, find_denoisers
 from dpcache.integrations import cache_dit as exports
+from dpcache.run.denoisers import find_blocks, find_denoisers
 
 KEY_STEPS = 13
 ABOUT = """# Exported schedules

@@ -26,7 +26,7 @@ from benchmarks import random_pipelines, timing
 from benchmarks.random_pipelines import DIT, FLUX, HUNYUAN, HUNYUAN_SHAPES, Size
 from benchmarks.results import table
 from benchmarks.timing import Row
-from dpcache.recording import record
+from dpcache.measure.recording import record
 
 RESULT = Path(__file__).parent / "results" / "gpu.json"
 STEPS, TOY_STEPS = 50, 8

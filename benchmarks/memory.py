@@ -7,8 +7,8 @@ import diffusers
 import torch
 
 import dpcache
-from dpcache.denoisers import find_blocks
-from dpcache.inputs import Input, call_arguments, seeded
+from dpcache.run.denoisers import find_blocks
+from dpcache.run.inputs import Input, call_arguments, seeded
 
 Row = dict[str, Any]
 ORDER = 2

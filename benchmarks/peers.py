@@ -27,7 +27,7 @@ from benchmarks import peers_page
 from benchmarks.bench import FULL, SEARCH_INPUTS, Bench, Outcome, Setting
 from benchmarks.peer_methods import FULL_NAME, METHODS, Method
 from benchmarks.results import RESULTS, STEPS, Pictures, Row, _plain, _rounded, scores
-from dpcache.metrics import ssim
+from dpcache.judge.metrics import ssim
 from dpcache.zoo import BUNDLED
 
 BUDGETS = (20, 13, 9)

@@ -13,7 +13,7 @@ import numpy as np
 
 import dpcache
 from benchmarks.results import STEPS
-from dpcache.comparison import Comparison
+from dpcache.judge.comparison import Comparison
 from dpcache.zoo import BUNDLED
 
 MODEL = BUNDLED["tiny-flux"]

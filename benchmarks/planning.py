@@ -18,8 +18,8 @@ import numpy as np
 
 import dpcache
 from benchmarks.results import RESULTS, ROOT, STEPS, Pictures, Row, Subject, _plain, _rounded, scores, table
-from dpcache.selection import Recipe
-from dpcache.trials import average_error
+from dpcache.measure.trials import average_error
+from dpcache.search.selection import Recipe
 from dpcache.zoo import BUNDLED
 
 BUDGETS = (13, 9)

@@ -22,8 +22,8 @@ from tqdm.auto import tqdm
 
 import dpcache
 from benchmarks import memory
-from dpcache.inputs import call_arguments, label
-from dpcache.metrics import psnr
+from dpcache.judge.metrics import psnr
+from dpcache.run.inputs import call_arguments, label
 from dpcache.zoo import BUNDLED, Inputs
 
 ROOT = Path(__file__).parent.parent

@@ -26,13 +26,13 @@ import numpy as np
 import torch
 
 import dpcache
-import dpcache.cache
+import dpcache.run.cache
 from benchmarks import random_pipelines, speed_page, timing
 from benchmarks.timing import Row, median
-from dpcache.denoisers import BLOCK_STACKS, Layout
-from dpcache.planner import plan_all
-from dpcache.predictors import taylor_coefficients
-from dpcache.sums import weighted_sum
+from dpcache.plan.planner import plan_all
+from dpcache.plan.predictors import taylor_coefficients
+from dpcache.run.layouts import BLOCK_STACKS, Layout
+from dpcache.run.sums import weighted_sum
 
 ROOT = Path(__file__).parent.parent
 RESULT = ROOT / "benchmarks" / "results" / "speed.json"
@@ -103,13 +103,16 @@ def _skipped_step(pipe: Any, arguments: Row, steps: int) -> Row:
         whole = timing.run(pipe, arguments, steps, "cpu")["steps"]
         parts = {name: getattr(pipe.transformer, name) for name in HEAD}
         forwards = {name: part.forward for name, part in parts.items()}
-        predict, dpcache.cache.weighted_sum = dpcache.cache.weighted_sum, timed("sum", dpcache.cache.weighted_sum)
+        predict, dpcache.run.cache.weighted_sum = (
+            dpcache.run.cache.weighted_sum,
+            timed("sum", dpcache.run.cache.weighted_sum),
+        )
         for name, part in parts.items():
             part.forward = timed(name, part.forward)
         timing.run(pipe, arguments, steps, "cpu")
         for name, part in parts.items():
             part.forward = forwards[name]
-        dpcache.cache.weighted_sum = predict
+        dpcache.run.cache.weighted_sum = predict
     result = {name: 1e3 * median(taken[3:]) for name, taken in seconds.items()}
     all_of_it = 1e3 * median(timing.skipped(whole))
     return {"all": all_of_it, **result, "rest": all_of_it - sum(result.values())}
@@ -236,7 +239,7 @@ def planner(found: Row, rounds: int, size: str) -> Row:
 
 def startup(found: Row, rounds: int, size: str) -> Row:
     """Seconds: the least of several, for other processes only ever add to it."""
-    run_help = "import sys; sys.argv = ['dpcache', '--help']; from dpcache.cli import main; main()"
+    run_help = "import sys; sys.argv = ['dpcache', '--help']; from dpcache.apps.cli import main; main()"
     codes = {"nothing": "pass", "torch": "import torch", "both": "import torch, dpcache"}
     codes |= {"dpcache": "import dpcache", "planner": "import dpcache; dpcache.plan", "help": run_help}
     taken: dict[str, list[float]] = {name: [] for name in codes}

@@ -103,7 +103,7 @@ def _profile(found: Row, full_step: float) -> Iterable[str]:
     yield "### One skipped step at the boundary `blocks`\n"
     yield (
         "Median ms of the same pipeline. Before: everything that comes before the blocks runs, as it did until it "
-        "was hooked; after: what only the blocks read returns a blank instead (`Layout.feeders` in `denoisers.py`).\n"
+        "was hooked; after: what only the blocks read returns a blank instead (`Layout.feeders` in `run/layouts.py`).\n"
     )
     rows = [[told, f"{before[name]:.3f}", f"{after[name]:.3f}"] for name, told in PARTS_OF_A_STEP.items()]
     rows.append(["**all**", f"**{before['all']:.3f}**", f"**{after['all']:.3f}**"])

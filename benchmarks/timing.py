@@ -13,8 +13,8 @@ import torch
 
 import dpcache
 from benchmarks.peer_methods import cache_dit_cache, diffusers_cache
-from dpcache.denoisers import find_blocks
-from dpcache.hooks import listen
+from dpcache.run.denoisers import find_blocks
+from dpcache.run.hooks import listen
 
 Row = dict[str, Any]
 #: Name of a way to run -> what makes the pipeline run that way.

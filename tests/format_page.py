@@ -12,9 +12,9 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from dpcache.calibration import Calibration
-from dpcache.calibration_file import TENSORS, Facts
-from dpcache.schedule import ModelIdentity, Schedule, Term
+from dpcache.measure.calibration import Calibration
+from dpcache.measure.calibration_file import TENSORS, Facts
+from dpcache.plan.schedule import ModelIdentity, Schedule, Term
 
 PAGE = Path(__file__).parents[1] / "docs" / "format.md"
 MODELS: tuple[type[BaseModel], ...] = (Schedule, ModelIdentity, Term, Facts)

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 import dpcache
-from dpcache.adaptive import Found, Guide, _student
-from dpcache.metrics import psnr
+from dpcache.judge.metrics import psnr
+from dpcache.run.adaptive import Found, Guide, _student
 from dpcache.zoo import BUNDLED
 from tests.conftest import PROMPT, STEPS, draw
 

@@ -13,10 +13,11 @@ from benchmarks import builtin as making
 from PIL import Image
 
 import dpcache
-from dpcache import builtin, cli
-from dpcache.comparison import count_block_runs
-from dpcache.denoisers import identify
-from dpcache.sources import schedule_from
+from dpcache.apps import cli
+from dpcache.apps.sources import schedule_from
+from dpcache.judge.comparison import count_block_runs
+from dpcache.plan import builtin
+from dpcache.run.denoisers import identify
 
 from .test_planner import path_cost
 

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 import dpcache
-from dpcache.metrics import psnr
-from dpcache.recording import record
-from dpcache.trials import Trial
+from dpcache.judge.metrics import psnr
+from dpcache.measure.recording import record
+from dpcache.measure.trials import Trial
 from dpcache.zoo import BUNDLED
 from tests.conftest import PROMPT, QUICK, STEPS
 
@@ -97,7 +97,7 @@ def test_values_that_are_not_finite_name_input_and_step(flux, poison):
 
 
 def test_unknown_boundary_blocks_are_refused_before_anything_runs(flux, monkeypatch):
-    from dpcache import denoisers
+    from dpcache.run import denoisers
 
     monkeypatch.setattr(denoisers, "BLOCK_STACKS", {})
     with pytest.raises(dpcache.UnsupportedPipelineError, match='Use boundary="output"'):

@@ -17,13 +17,13 @@ import typer
 from PIL import Image
 
 import dpcache
-from dpcache import cli
-from dpcache.commands.partial import fingerprint
+from dpcache.apps import cli
+from dpcache.apps.commands.partial import fingerprint
 
 STEPS = "12"
 RING = "a small red ring on a black background, top"
 STAR = "a large blue star on a grey background, right"
-PROGRAM = [sys.executable, "-c", "from dpcache.cli import main; main()"]
+PROGRAM = [sys.executable, "-c", "from dpcache.apps.cli import main; main()"]
 COMMANDS = list(typer.main.get_command(cli.app).commands)
 
 
@@ -365,7 +365,7 @@ def test_completion(words, expected):
 
 
 def test_without_its_extra_it_names_the_remedy():
-    code = "import sys; sys.modules['typer'] = None; import dpcache.cli"
+    code = "import sys; sys.modules['typer'] = None; import dpcache.apps.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == 'error: the command line needs typer, which is not installed: pip install "dpcache[cli]"\n'

@@ -19,7 +19,7 @@ from torch import nn
 import dpcache
 from dpcache.errors import CacheStateError, CalibrationError, ScheduleMismatchError
 from dpcache.integrations.comfyui import apply, calibrate, identity
-from dpcache.metrics import psnr
+from dpcache.judge.metrics import psnr
 
 from . import comfyui_stand_in as comfy
 

@@ -6,9 +6,9 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 import dpcache
-from dpcache.corrections import corrected, interpolation
-from dpcache.grids import FLOW, Frame, NoiseGrid, frame
-from dpcache.schedule import Term
+from dpcache.plan.corrections import corrected, interpolation
+from dpcache.plan.grids import FLOW, Frame, NoiseGrid, frame
+from dpcache.plan.schedule import Term
 from dpcache.zoo import BUNDLED
 from tests.conftest import PROMPT, STEPS, draw
 from tests.pipelines.test_flux import Spy

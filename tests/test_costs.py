@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import dpcache
-from dpcache import taylor_errors
-from dpcache.costs import sampler_cost, schedule_cost, step_influence
-from dpcache.predictors import Fitted, Taylor, chosen_ridge, taylor_coefficients
+from dpcache.measure import taylor_errors
+from dpcache.plan.costs import sampler_cost, schedule_cost
+from dpcache.plan.predictors import Fitted, Taylor, chosen_ridge, taylor_coefficients
+from dpcache.run.schedulers import step_influence
 
 REFERENCE = Path(__file__).parent / "reference"
 

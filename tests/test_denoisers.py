@@ -12,9 +12,9 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import nn
 
 import dpcache
-from dpcache import denoisers
-from dpcache.hooks import listen
-from dpcache.packing import pack, take_apart, unpack
+from dpcache.run import layouts
+from dpcache.run.hooks import listen
+from dpcache.run.packing import pack, take_apart, unpack
 
 STEPS = 6
 
@@ -82,10 +82,10 @@ def pipe() -> Any:
 
 @pytest.fixture(autouse=True)
 def table_as_it_was() -> Iterator[None]:
-    before = dict(denoisers.BLOCK_STACKS)
+    before = dict(layouts.BLOCK_STACKS)
     yield
-    denoisers.BLOCK_STACKS.clear()
-    denoisers.BLOCK_STACKS.update(before)
+    layouts.BLOCK_STACKS.clear()
+    layouts.BLOCK_STACKS.update(before)
 
 
 def draw(pipe: Any) -> torch.Tensor:

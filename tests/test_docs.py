@@ -17,7 +17,8 @@ import typer
 from PIL import Image
 
 import dpcache
-from dpcache import cli, denoisers
+from dpcache.apps import cli
+from dpcache.run import layouts
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -104,10 +105,10 @@ def files(folder: Path, loaded_flux: Any) -> None:
 
 @pytest.fixture
 def table_as_it_was() -> Iterator[None]:
-    before = dict(denoisers.BLOCK_STACKS)
+    before = dict(layouts.BLOCK_STACKS)
     yield
-    denoisers.BLOCK_STACKS.clear()
-    denoisers.BLOCK_STACKS.update(before)
+    layouts.BLOCK_STACKS.clear()
+    layouts.BLOCK_STACKS.update(before)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

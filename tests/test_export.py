@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 import dpcache
-from dpcache import cli
-from dpcache.denoisers import find_blocks
+from dpcache.apps import cli
 from dpcache.errors import ExportError
 from dpcache.integrations import cache_dit as exports
-from dpcache.metrics import psnr
-from dpcache.schedule import Term
+from dpcache.judge.metrics import psnr
+from dpcache.plan.schedule import Term
+from dpcache.run.denoisers import find_blocks
 
 from .conftest import draw
 

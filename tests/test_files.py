@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import save_file
 
 import dpcache
-from dpcache.calibration_file import Facts
-from dpcache.files import write_whole
-from dpcache.schedule import ModelIdentity
+from dpcache.files.whole import write_whole
+from dpcache.measure.calibration_file import Facts
+from dpcache.plan.schedule import ModelIdentity
 
 MODEL = ModelIdentity(denoiser="FluxTransformer2DModel", config="0123456789abcdef")
 SIGMAS = 1 - np.append(0, np.linspace(0.1, 0.2, 20).cumsum()) / 3

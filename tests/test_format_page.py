@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 import dpcache
-from dpcache.calibration_file import FORMAT, TENSORS, VERSION
-from dpcache.schedule import FORMAT as SCHEDULE_FORMAT
-from dpcache.schedule import VERSION as SCHEDULE_VERSION
+from dpcache.measure.calibration_file import FORMAT, TENSORS, VERSION
+from dpcache.plan.schedule import FORMAT as SCHEDULE_FORMAT
+from dpcache.plan.schedule import VERSION as SCHEDULE_VERSION
 
 from . import format_page
 from .test_hub import made_calibration

@@ -14,9 +14,9 @@ from diffusers import (
 )
 
 import dpcache
-from dpcache.grids import NoiseGrid, gram_between, interpolation_matrix, roughness
-from dpcache.metrics import psnr
-from dpcache.schedulers import noise_grid, stepped_influence
+from dpcache.judge.metrics import psnr
+from dpcache.plan.grids import NoiseGrid, gram_between, interpolation_matrix, roughness
+from dpcache.run.schedulers import noise_grid, stepped_influence
 from dpcache.zoo import BUNDLED
 from tests.conftest import draw
 

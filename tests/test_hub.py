@@ -15,9 +15,9 @@ import pytest
 import yaml
 
 import dpcache
-from dpcache.calibration_file import Facts
-from dpcache.hub import repository_file
-from dpcache.schedule import ModelIdentity
+from dpcache.files.hub import repository_file
+from dpcache.measure.calibration_file import Facts
+from dpcache.plan.schedule import ModelIdentity
 
 from . import fake_hub
 

@@ -5,7 +5,7 @@ import json
 import pytest
 
 import dpcache
-from dpcache.journal import Journal
+from dpcache.files.journal import Journal
 
 
 def never():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from dpcache.metrics import psnr, ssim
+from dpcache.judge.metrics import psnr, ssim
 
 
 @pytest.fixture

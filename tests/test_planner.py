@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 import dpcache
 from dpcache import InfeasibleBudgetError
-from dpcache.planner import band
+from dpcache.plan.planner import band
 
 REFERENCE = Path(__file__).parent / "reference"
 

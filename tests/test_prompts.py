@@ -6,7 +6,7 @@ import pytest
 
 import dpcache
 from dpcache.errors import PromptError
-from dpcache.prompts import as_requests, read_requests
+from dpcache.files.prompts import as_requests, read_requests
 
 
 def write(folder: Path, text: str, name: str = "prompts.jsonl") -> Path:

@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 import dpcache
-from dpcache import cli
+from dpcache.apps import cli
 from dpcache.errors import GenerationError
-from dpcache.pictures import is_whole, read_note
+from dpcache.files.pictures import is_whole, read_note
 from tests.conftest import QUICK, STEPS
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")

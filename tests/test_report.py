@@ -16,17 +16,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from dpcache.calibration import Calibration, Facts
-from dpcache.comparison import Comparison, Sample
-from dpcache.metrics import psnr, ssim
-from dpcache.planner import Plan
-from dpcache.report import write_report
-from dpcache.report.explorer import explorer_data, path_cost
-from dpcache.report.page import schedule_names
-from dpcache.report.pictures import LONGEST_SIDE, amplification, common_scale, embed, embed_difference
-from dpcache.report.plots import trade_off
-from dpcache.report.timeline import timeline
-from dpcache.schedule import ModelIdentity, Schedule
+from dpcache.judge.comparison import Comparison, Sample
+from dpcache.judge.metrics import psnr, ssim
+from dpcache.judge.report import write_report
+from dpcache.judge.report.explorer import explorer_data, path_cost
+from dpcache.judge.report.page import schedule_names
+from dpcache.judge.report.pictures import LONGEST_SIDE, amplification, common_scale, embed, embed_difference
+from dpcache.judge.report.plots import trade_off
+from dpcache.judge.report.timeline import timeline
+from dpcache.measure.calibration import Calibration, Facts
+from dpcache.plan.planner import Plan
+from dpcache.plan.schedule import ModelIdentity, Schedule
 
 REFERENCE = Path(__file__).parent / "reference"
 STEPS = 50
@@ -436,7 +436,7 @@ def test_user_settings_of_matplotlib_are_left_alone(calibration, comparisons, tm
 @pytest.mark.parametrize("missing", ["jinja2", "matplotlib"])
 def test_missing_extra_is_named(monkeypatch, missing):
     monkeypatch.setitem(sys.modules, missing, None)
-    for name in [name for name in sys.modules if name.startswith("dpcache.report")]:
+    for name in [name for name in sys.modules if name.startswith("dpcache.judge.report")]:
         monkeypatch.delitem(sys.modules, name)
     with pytest.raises(ImportError, match=rf'{missing}.*pip install "dpcache\[report\]"'):
-        importlib.import_module("dpcache.report")
+        importlib.import_module("dpcache.judge.report")

@@ -14,9 +14,9 @@ import pytest
 from PIL import Image
 
 import dpcache
-from dpcache.comparison import compare_all
-from dpcache.report import write_report
-from dpcache.schedule import Schedule
+from dpcache.judge.comparison import compare_all
+from dpcache.judge.report import write_report
+from dpcache.plan.schedule import Schedule
 from dpcache.zoo import BUNDLED, load_pipeline
 
 from .conftest import PROMPT, QUICK, STEPS

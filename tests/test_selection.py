@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 import dpcache
-from dpcache.metrics import psnr
-from dpcache.selection import RECIPES, Recipe
+from dpcache.judge.metrics import psnr
+from dpcache.search.selection import RECIPES, Recipe
 from tests.conftest import PROMPT, QUICK, STEPS, draw
 
 PROMPTS = [PROMPT, "a large blue star on a grey background, right", "a medium pink cross on a black background, top"]

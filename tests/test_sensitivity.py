@@ -7,9 +7,9 @@ import pytest
 import torch
 
 import dpcache
-from dpcache import sensitivity
-from dpcache.interpolation import interpolated
-from dpcache.recording import record
+from dpcache.measure import sensitivity
+from dpcache.measure.interpolation import interpolated
+from dpcache.measure.recording import record
 from tests.conftest import PROMPT, QUICK, STEPS, draw, traces
 from tests.pipelines.every import SMALL
 

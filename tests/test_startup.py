@@ -6,7 +6,7 @@ import time
 
 import pytest
 
-HELP = "import sys; sys.argv = ['dpcache', '--help']; from dpcache.cli import main; main()"
+HELP = "import sys; sys.argv = ['dpcache', '--help']; from dpcache.apps.cli import main; main()"
 
 
 def seconds(code: str) -> float:

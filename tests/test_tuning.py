@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 import dpcache
-from dpcache import tuning
-from dpcache.inputs import call_arguments, seeded
-from dpcache.trials import Trial, average_error
+from dpcache.measure.trials import Trial, average_error
+from dpcache.run.inputs import call_arguments, seeded
+from dpcache.search import tuning
 from tests.conftest import PROMPT, QUICK, STEPS
 from tests.pipelines.every import SMALL
 

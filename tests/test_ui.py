@@ -17,9 +17,9 @@ from gradio_client.exceptions import AppError
 from PIL import Image
 
 import dpcache
-from dpcache import cli
-from dpcache.metrics import psnr
-from dpcache.ui import Studio, build
+from dpcache.apps import cli
+from dpcache.apps.ui import Studio, build
+from dpcache.judge.metrics import psnr
 from dpcache.zoo import BUNDLED
 
 STEPS = 8
@@ -124,7 +124,7 @@ def test_clips_move():
 def test_the_command(tmp_path):
     """As typed: it calibrates, says where the page is, and draws."""
     words = ["tiny-flux", "-t", "6", "-k", "2", "--no-browser"]
-    code = f"import sys; sys.argv = ['dpcache', 'ui', *{words!r}]; from dpcache.cli import main; main()"
+    code = f"import sys; sys.argv = ['dpcache', 'ui', *{words!r}]; from dpcache.apps.cli import main; main()"
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "PYTHONUNBUFFERED": "1", "COLUMNS": "200"}
     process = subprocess.Popen(
         [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
@@ -150,7 +150,7 @@ def test_the_command(tmp_path):
 
 def test_missing_gradio_names_the_extra(monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    monkeypatch.delitem(sys.modules, "dpcache.ui")
+    monkeypatch.delitem(sys.modules, "dpcache.apps.ui")
     monkeypatch.setattr(sys, "argv", ["dpcache", "ui", "tiny-flux"])
     with pytest.raises(SystemExit) as left:
         cli.main()

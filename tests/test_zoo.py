@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import stages, tiny_flux, train
+from training.judge import draw, fresh_pictures, judge, reconstruction_psnr
+from training.muon import orthogonalise
 
-from dpcache.zoo import BUNDLED, UnknownModelError, load_pipeline, shapes, tiny_flux, train, training
-from dpcache.zoo.judge import draw, fresh_pictures, judge, reconstruction_psnr
-from dpcache.zoo.muon import orthogonalise
+from dpcache.zoo import BUNDLED, UnknownModelError, load_pipeline, shapes
 
 TINY_FLUX = BUNDLED["tiny-flux"]
 CPU = torch.device("cpu")
@@ -207,7 +208,7 @@ def test_interrupted_training_gives_the_same_weights(tmp_path: Path) -> None:
     common = {"device": CPU, "seed": 5, "settings": LITTLE}
     tiny_flux.train(tmp_path / "a", tmp_path / "whole", **common)
     for stop in (3, 2):  # first in the autoencoder, then in the flow stage
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(stages.Interrupted):
             tiny_flux.train(tmp_path / "b", tmp_path / "parts", should_stop=lambda step, at=stop: step == at, **common)
     tiny_flux.train(tmp_path / "b", tmp_path / "parts", **common)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")
@@ -225,20 +226,20 @@ def test_control_c_leaves_a_checkpoint_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tiny_flux, "Settings", lambda: LITTLE)
-    advance, handler = training._Run.advance, signal.getsignal(signal.SIGINT)
+    advance, handler = stages._Run.advance, signal.getsignal(signal.SIGINT)
 
-    def interrupted(run: training._Run) -> None:
+    def interrupted(run: stages._Run) -> None:
         advance(run)
         if run.stage.name == "autoencoder" and run.step == 2:
             signal.raise_signal(signal.SIGINT)
 
     command = ["tiny-flux", "--out", str(tmp_path), "--device", "cpu"]
-    monkeypatch.setattr(training._Run, "advance", interrupted)
+    monkeypatch.setattr(stages._Run, "advance", interrupted)
     assert train.main(command) == train.INTERRUPTED
     assert "after step 2 of 4; give the same command again to resume" in capsys.readouterr().err
     assert torch.load(tmp_path / "checkpoints" / "autoencoder.pt", weights_only=True)["step"] == 2
 
-    monkeypatch.setattr(training._Run, "advance", advance)
+    monkeypatch.setattr(stages._Run, "advance", advance)
     assert train.main(command) == 0
     assert len(weights(tmp_path / "pipeline")) > 0
 

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import stages, tiny_dit
+from training.judge import draw, judge_anywhere
 
 import dpcache
-from dpcache.zoo import BUNDLED, classes, load_pipeline, shapes, tiny_dit, training
-from dpcache.zoo.judge import draw, judge_anywhere
+from dpcache.zoo import BUNDLED, classes, load_pipeline, shapes
 
 TINY_DIT = BUNDLED["tiny-dit"]
 CPU = torch.device("cpu")
@@ -106,7 +107,7 @@ def weights(directory: Path) -> dict[str, torch.Tensor]:
 def test_interrupted_training_gives_the_same_weights(tmp_path: Path) -> None:
     common: dict[str, Any] = {"device": CPU, "seed": 5, "settings": LITTLE}
     tiny_dit.train(tmp_path / "a", tmp_path / "whole", **common)
-    with pytest.raises(training.Interrupted):
+    with pytest.raises(stages.Interrupted):
         tiny_dit.train(tmp_path / "b", tmp_path / "parts", should_stop=lambda step: step == 2, **common)
     tiny_dit.train(tmp_path / "b", tmp_path / "parts", **common)
     whole, parts = weights(tmp_path / "whole"), weights(tmp_path / "parts")

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from training import stages, tiny_hunyuan_video
+from training.judge import draw, fresh_clips, judge_clip, reconstruction_psnr
 
 import dpcache
-from dpcache.zoo import BUNDLED, clips, load_pipeline, tiny_hunyuan_video, training
-from dpcache.zoo.judge import draw, fresh_clips, judge_clip, reconstruction_psnr
+from dpcache.zoo import BUNDLED, clips, load_pipeline
 
 TINY_VIDEO = BUNDLED["tiny-hunyuan-video"]
 CPU = torch.device("cpu")
@@ -161,7 +162,7 @@ def test_interrupted_training_gives_the_same_weights(tmp_path: Path) -> None:
     common: dict[str, Any] = {"device": CPU, "seed": 5, "settings": LITTLE}
     tiny_hunyuan_video.train(tmp_path / "a", tmp_path / "whole", **common)
     for stop in (2, 3):  # first in the autoencoder, then in the flow stage
-        with pytest.raises(training.Interrupted):
+        with pytest.raises(stages.Interrupted):
             tiny_hunyuan_video.train(
                 tmp_path / "b", tmp_path / "parts", should_stop=lambda step, at=stop: step == at, **common
             )

@@ -10,11 +10,6 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .cache import Stats, disable, enable, enabled, stats
-    from .calibration import Calibration
-    from .comparison import Comparison, Sample, compare, compare_all
-    from .costs import paper_cost
-    from .denoisers import register_denoiser
     from .errors import (
         CacheStateError,
         CalibrationError,
@@ -31,10 +26,15 @@ if TYPE_CHECKING:
         UnknownModelError,
         UnsupportedPipelineError,
     )
-    from .measuring import calibrate
-    from .planner import Plan, plan, plan_all
-    from .schedule import Schedule
-    from .selection import Recipe, optimize, select
+    from .judge.comparison import Comparison, Sample, compare, compare_all
+    from .measure.calibration import Calibration
+    from .measure.measuring import calibrate
+    from .measure.paper import paper_cost
+    from .plan.planner import Plan, plan, plan_all
+    from .plan.schedule import Schedule
+    from .run.cache import Stats, disable, enable, enabled, stats
+    from .run.layouts import register_denoiser
+    from .search.selection import Recipe, optimize, select
     from .zoo import load_pipeline
 
 __version__ = "0.1.0"
@@ -42,9 +42,9 @@ __version__ = "0.1.0"
 # Imported when first asked for: torch and diffusers take seconds, planning and `--help` need neither.
 _HOME = {
     "CacheStateError": "errors",
-    "Calibration": "calibration",
+    "Calibration": "measure.calibration",
     "CalibrationError": "errors",
-    "Comparison": "comparison",
+    "Comparison": "judge.comparison",
     "DPCacheError": "errors",
     "ExportError": "errors",
     "FileFormatError": "errors",
@@ -54,28 +54,28 @@ _HOME = {
     "InfeasibleBudgetError": "errors",
     "MissingExtraError": "errors",
     "PromptError": "errors",
-    "Plan": "planner",
-    "Recipe": "selection",
-    "Sample": "comparison",
-    "Schedule": "schedule",
+    "Plan": "plan.planner",
+    "Recipe": "search.selection",
+    "Sample": "judge.comparison",
+    "Schedule": "plan.schedule",
     "ScheduleMismatchError": "errors",
-    "Stats": "cache",
+    "Stats": "run.cache",
     "UnknownModelError": "errors",
     "UnsupportedPipelineError": "errors",
-    "calibrate": "measuring",
-    "compare": "comparison",
-    "compare_all": "comparison",
-    "disable": "cache",
-    "enable": "cache",
-    "enabled": "cache",
+    "calibrate": "measure.measuring",
+    "compare": "judge.comparison",
+    "compare_all": "judge.comparison",
+    "disable": "run.cache",
+    "enable": "run.cache",
+    "enabled": "run.cache",
     "load_pipeline": "zoo",
-    "optimize": "selection",
-    "paper_cost": "costs",
-    "plan": "planner",
-    "plan_all": "planner",
-    "register_denoiser": "denoisers",
-    "select": "selection",
-    "stats": "cache",
+    "optimize": "search.selection",
+    "paper_cost": "measure.paper",
+    "plan": "plan",
+    "plan_all": "plan.planner",
+    "register_denoiser": "run.layouts",
+    "select": "search.selection",
+    "stats": "run.cache",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use
@@ -121,7 +121,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_HOME[name]}", __name__), name)
+    home = importlib.import_module(f".{_HOME[name]}", __name__)
+    value = getattr(home, name, home)  # `dpcache.plan` is a package that can be called
     globals()[name] = value
     return value
 

@@ -8,7 +8,7 @@ from typing import Any
 import diffusers
 import pytest
 
-from dpcache.denoisers import find_denoisers
+from dpcache.run.denoisers import find_denoisers
 from tests.pipelines.every import SMALL
 from tests.pipelines.small import Small
 
@@ -28,7 +28,7 @@ HEAD = """# Models
 What is cached and predicted at each boundary:
 
 - `"blocks"`: the last transformer block's output. The blocks of these denoisers are described in
-  `src/dpcache/denoisers.py`; describe others with `dpcache.register_denoiser`.
+  `src/dpcache/run/layouts.py`; describe others with `dpcache.register_denoiser`.
 - `"output"`: the denoiser's output. Needs no description and works with any pipeline that has a `transformer` or `unet`
   and a scheduler, in this table or not.
 

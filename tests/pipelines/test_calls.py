@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 import dpcache
-from dpcache.recording import record
+from dpcache.measure.recording import record
 from dpcache.zoo import shapes
 from tests.conftest import PROMPT, draw
 from tests.conftest import STEPS as FLUX_STEPS

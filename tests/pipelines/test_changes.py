@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import dpcache
-from dpcache.recording import record
+from dpcache.measure.recording import record
 from tests.pipelines.every import SMALL, small_video
 from tests.pipelines.small import STEPS, assemble
 

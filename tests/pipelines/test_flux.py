@@ -9,7 +9,7 @@ import torch
 from diffusers import FluxPipeline
 
 import dpcache
-from dpcache.recording import record
+from dpcache.measure.recording import record
 from tests.conftest import PROMPT, QUICK, STEPS, draw, traces
 
 BOUNDARIES = ["blocks", "output"]

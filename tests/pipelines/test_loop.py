@@ -10,13 +10,14 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpcache
-from dpcache import boundary as boundary_module
-from dpcache import sums
-from dpcache.denoisers import BLOCK_STACKS, find_feeders
-from dpcache.packing import take_apart
-from dpcache.recording import _Recorder
-from dpcache.schedule import Boundary
-from dpcache.watch import Watch, _position
+from dpcache.measure.recording import _Recorder
+from dpcache.plan.schedule import Boundary
+from dpcache.run import boundary as boundary_module
+from dpcache.run import sums
+from dpcache.run.denoisers import find_feeders
+from dpcache.run.layouts import BLOCK_STACKS
+from dpcache.run.packing import take_apart
+from dpcache.run.watch import Watch, _position
 from tests.pipelines.every import SMALL
 from tests.pipelines.test_table import Spy, Subject, same
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import diffusers
 import pytest
 
-from dpcache import denoisers
+from dpcache.run import layouts
 from tests.pipelines import models_page
 from tests.pipelines.every import SMALL
 
@@ -22,7 +22,7 @@ def test_the_page_is_up_to_date() -> None:
 
 
 def test_every_denoiser_in_the_table_is_tested() -> None:
-    assert set(denoisers.BLOCK_STACKS) <= {models_page.denoiser(name) for name in SMALL}
+    assert set(layouts.BLOCK_STACKS) <= {models_page.denoiser(name) for name in SMALL}
 
 
 def test_a_failure_is_shown() -> None:

@@ -8,9 +8,9 @@ import torch
 from torch import nn
 
 import dpcache
-from dpcache.denoisers import find_blocks, find_denoisers
-from dpcache.packing import take_apart
-from dpcache.recording import record
+from dpcache.measure.recording import record
+from dpcache.run.denoisers import find_blocks, find_denoisers
+from dpcache.run.packing import take_apart
 from tests.pipelines.every import SMALL
 from tests.pipelines.small import STEPS, Small, cast
 

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from dpcache.errors import ExportError, missing_extra
-from dpcache.schedule import Schedule
+from dpcache.plan.schedule import Schedule
 
 Target = Literal["cache-dit", "sglang", "vllm-omni"]
 

@@ -20,11 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from dpcache.calibration import Calibration
 from dpcache.errors import CacheStateError, CalibrationError, ScheduleMismatchError
-from dpcache.grids import FLOW
 from dpcache.integrations.comfyui_runs import Following, Recording, Running, part, warn_of_full_run
-from dpcache.schedule import ModelIdentity, Schedule
+from dpcache.measure.calibration import Calibration
+from dpcache.plan.grids import FLOW
+from dpcache.plan.schedule import ModelIdentity, Schedule
 
 KEY = "dpcache"
 """Of the wrappers, and of the running state in `transformer_options`."""
@@ -220,7 +220,7 @@ class _CalibrationFile:
     _found: Calibration | None = None
 
     def add(self, recording: Recording, sampler: str) -> None:
-        from dpcache.measuring import from_run
+        from dpcache.measure.measuring import from_run
 
         run = recording.run
         if len(run.received) < run.num_steps:

@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from dpcache.errors import GenerationError
-from dpcache.files import write_whole
-from dpcache.metrics import Picture
-from dpcache.pictures import is_whole, read_note, save_picture
+from dpcache.files.pictures import is_whole, read_note, save_picture
+from dpcache.files.whole import write_whole
+from dpcache.judge.metrics import Picture
 
 INDEX = "index.parquet"
 _SCRATCH = ".run-"

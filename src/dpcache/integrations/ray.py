@@ -15,11 +15,11 @@ from typing import Any
 from tqdm.auto import tqdm
 
 from dpcache.errors import GenerationError, missing_extra
-from dpcache.inputs import noise_of, seeded
+from dpcache.files.journal import digest
+from dpcache.files.prompts import Request, as_requests, check_arguments, read_requests
 from dpcache.integrations.folder import Folder, Job, Result
-from dpcache.journal import digest
-from dpcache.prompts import Request, as_requests, check_arguments, read_requests
-from dpcache.schedule import Schedule
+from dpcache.plan.schedule import Schedule
+from dpcache.run.inputs import noise_of, seeded
 
 try:
     import pyarrow
@@ -145,7 +145,7 @@ class Worker:
         try:
             self.pipeline = _load(model)
             if schedule is not None:
-                from dpcache.cache import enable
+                from dpcache.run.cache import enable
 
                 enable(self.pipeline, schedule)
         except Exception as error:
@@ -214,7 +214,7 @@ class Worker:
             self.folder.save(job, picture, facts)
 
     def _full_calls(self) -> int:
-        from dpcache.cache import stats
+        from dpcache.run.cache import stats
 
         return stats(self.pipeline).full_calls if self.follows else 0
 
@@ -223,7 +223,7 @@ class Worker:
         if not self.follows:
             steps = arguments.get("num_inference_steps")
             return {"full_calls": None, "num_inference_steps": steps, "num_key_steps": steps}
-        from dpcache.cache import stats
+        from dpcache.run.cache import stats
 
         ran = stats(self.pipeline)
         return {

@@ -1,7 +1,7 @@
 """Small trained pipelines that ship with the package, in plain diffusers format.
 
-A new model is one file that builds and trains it and one row in `BUNDLED`. diffusers and transformers are imported only
-when a pipeline is loaded.
+A new model is one row in `BUNDLED` and one file in `training/`, beside the package, that builds and trains it.
+diffusers and transformers are imported only when a pipeline is loaded.
 """
 
 import re
@@ -32,8 +32,6 @@ class BundledModel:
     description: str
     directory: Path
     """The pipeline in diffusers format."""
-    recipe: str
-    """Name of the module that builds and trains it, with a function `train` (see `dpcache.zoo.train`)."""
     call_defaults: Mapping[str, Any]
     """Keyword arguments of a usual call, beside its inputs."""
     attributes: Mapping[str, Any]
@@ -78,7 +76,6 @@ _ROWS = (
         name="tiny-flux",
         description="FluxPipeline, text to 32x32 picture of a coloured shape, 2.5 M parameters",
         directory=Path(__file__).parent / "models" / "tiny-flux",
-        recipe="dpcache.zoo.tiny_flux",
         # The prompts have at most 12 tokens; FluxPipeline would pad them to 512.
         call_defaults=MappingProxyType({"max_sequence_length": 32}),
         # In latent pixels. FluxPipeline.__init__ fixes 128 for every model.
@@ -90,7 +87,6 @@ _ROWS = (
         name="tiny-dit",
         description="DiTPipeline, one of 32 classes to 32x32 picture of a coloured shape, 2.0 M parameters",
         directory=Path(__file__).parent / "models" / "tiny-dit",
-        recipe="dpcache.zoo.tiny_dit",
         call_defaults=MappingProxyType({"guidance_scale": 3.0}),
         attributes=MappingProxyType({}),
         calibration_pool=lambda: _class_inputs("calibration"),
@@ -100,7 +96,6 @@ _ROWS = (
         name="tiny-hunyuan-video",
         description="HunyuanVideoPipeline, text to nine 32x32 frames of a moving coloured shape, 3.6 M parameters",
         directory=Path(__file__).parent / "models" / "tiny-hunyuan-video",
-        recipe="dpcache.zoo.tiny_hunyuan_video",
         # The pipeline's own template asks an 8 B language model for a description of a video.
         call_defaults=MappingProxyType(
             {
@@ -161,7 +156,7 @@ def load_pipeline(
 
 def _no_such(name: str) -> str:
     if name in BUNDLED:
-        return f"the files of {name!r} are not installed; train them with: python -m dpcache.zoo.train {name}"
+        return f"the files of {name!r} are not installed; train them with: python -m training.train {name}"
     return (
         f"no pipeline named {name!r}. Bundled models: {', '.join(BUNDLED)}. Or give a directory in diffusers format "
         "(one that holds model_index.json) or the id of a Hugging Face repository, like 'owner/name'"

@@ -1,0 +1,1 @@
+"""What people start: the command line, the page in the browser, the demo."""

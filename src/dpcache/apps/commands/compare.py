@@ -1,0 +1,172 @@
+"""`dpcache compare`."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from . import terminal
+from .arguments import load, read_inputs, read_settings
+from .following import Source, check, num_steps, planned, read_calibration, read_schedule
+from .options import SCHEDULE_HELP, CalibrationName, Model, PromptFile, Prompts, Seed, Settings
+from .outputs import check_file
+
+if TYPE_CHECKING:
+    from dpcache.judge.comparison import Comparison
+    from dpcache.measure.calibration import Calibration
+    from dpcache.plan.schedule import Schedule
+
+
+def compare(
+    model: Model,
+    prompts: Prompts = None,
+    *,
+    schedule: Annotated[
+        list[str] | None, typer.Option("--schedule", "-s", help=f"{SCHEDULE_HELP}; may be repeated.")
+    ] = None,
+    calibration: CalibrationName = None,
+    num_key_steps: Annotated[
+        list[int] | None,
+        typer.Option("--key-steps", "-k", min=1, help="K, with --calibration; may be repeated."),
+    ] = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", "-t", min=1, help="T: that of the schedules or the calibration.")
+    ] = None,
+    prompt_file: PromptFile = None,
+    count: Annotated[int, typer.Option(min=1, help="Held-out inputs of a bundled model, where none are given.")] = 8,
+    report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+) -> None:
+    """Draws prompts in full and with each schedule, from the same noise, and prints how they differ.
+
+    --json: model, num_inference_steps, num_inputs, report, and comparisons, a list, one for each schedule: schedule and
+    calibration (the one given, or null), num_key_steps, key_steps, ideal_speedup (T / K), speedup (of median times),
+    full_seconds and cached_seconds (medians), full_block_runs and cached_block_runs (null where not known), psnr_mean,
+    psnr_p5 and psnr_worst in dB (null: infinite, as the outputs are equal), ssim_mean, and samples: input, seed, psnr,
+    ssim.
+    """
+    if not schedule and calibration is None:
+        raise typer.BadParameter("give a --schedule, or a --calibration with --key-steps.")
+    if (calibration is None) != (not num_key_steps):
+        raise typer.BadParameter("--calibration and --key-steps go together: --calibration FILE -k 13 -k 9.")
+    if report is not None:
+        check_file(report, "report", [".html"])
+        from dpcache.judge.report import write_report
+    fixed = _schedules(model, schedule or [], steps)
+    measured = read_calibration(calibration) if calibration is not None else None
+    steps = steps or num_steps(measured if measured is not None and not fixed else fixed[0][1])
+    inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=count)
+    arguments = read_settings(model, settings)
+    pipeline, inputs = load(model, inputs, arguments)
+    for source, found in fixed:
+        check(pipeline, source, found)
+    if measured is not None and calibration is not None:
+        call = {**arguments, "num_inference_steps": steps}
+        fixed += _planned(pipeline, calibration, measured, num_key_steps or [], inputs[0], call, seed)
+
+    from dpcache.judge.comparison import compare_all
+
+    sources = [source for source, _ in fixed]
+    terminal.note(f"drawing {terminal.counted(len(inputs), 'input')} in full and with {', '.join(map(str, sources))}")
+    comparisons = compare_all(
+        pipeline, [found for _, found in fixed], inputs, seeds=seed, progress=terminal.progress(), **arguments
+    )
+    if report is not None:
+        write_report(report, title=f"dpcache on {model}", model=model, comparisons=comparisons)
+    terminal.result(
+        {
+            "model": model,
+            "num_inference_steps": steps,
+            "num_inputs": len(inputs),
+            "report": str(report) if report is not None else None,
+            "comparisons": document(sources, comparisons),
+        },
+        table(sources, comparisons),
+        *([f"wrote {report}"] if report is not None else []),
+    )
+
+
+def document(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> list[dict[str, Any]]:
+    """What JSON says of comparisons."""
+    import numpy as np
+
+    return [
+        {
+            **source.document(),
+            "num_key_steps": c.schedule.num_key_steps,
+            "key_steps": c.schedule.key_steps,
+            "ideal_speedup": c.schedule.ideal_speedup,
+            "speedup": c.speedup,
+            "full_seconds": float(np.median(c.full_seconds)),
+            "cached_seconds": float(np.median(c.cached_seconds)),
+            "full_block_runs": c.full_block_runs or None,
+            "cached_block_runs": c.cached_block_runs if c.full_block_runs else None,
+            "psnr_mean": c.psnr_mean,
+            "psnr_p5": c.psnr_p5,
+            "psnr_worst": c.psnr_worst,
+            "ssim_mean": c.ssim_mean,
+            "samples": [{"input": s.label, "seed": s.seed, "psnr": s.psnr, "ssim": s.ssim} for s in c.samples],
+        }
+        for source, c in zip(sources, comparisons, strict=True)
+    ]
+
+
+def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Table:
+    """A row for every schedule."""
+    headings = ("key steps", "blocks run", "speedup", "PSNR dB", "5th pct", "worst", "SSIM")
+    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found.add_column("schedule", overflow="fold")
+    for heading in headings:
+        found.add_column(heading, no_wrap=True)
+    names = [Path(source.name).name for source in sources]
+    short = len(set(names)) == len({source.name for source in sources})
+    for source, c in zip(sources, comparisons, strict=True):
+        blocks = f"{c.cached_block_runs} of {c.full_block_runs}" if c.full_block_runs else "not known"
+        decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
+        found.add_row(
+            escape(str(replace(source, name=Path(source.name).name) if short else source)),
+            f"{c.schedule.num_key_steps} of {c.schedule.num_inference_steps}",
+            blocks,
+            f"{c.speedup:.2f}x",
+            *decibels,
+            f"{c.ssim_mean:.4f}",
+        )
+    return found
+
+
+def _schedules(model: str, names: Sequence[str], steps: int | None) -> "list[tuple[Source, Schedule]]":
+    """The schedules; all of one number of steps, so that the full runs can be shared."""
+    found = [(Source(name), read_schedule(name, steps, model=model)) for name in names]
+    counts = [schedule.num_inference_steps for _, schedule in found]
+    if len(set(counts)) > 1:
+        listed = ", ".join(f"{source} has {count}" for (source, _), count in zip(found, counts, strict=True))
+        raise typer.BadParameter(f"compare schedules of one number of steps at a time: {listed}.")
+    return found
+
+
+def _planned(
+    pipeline: Any,
+    name: str,
+    calibration: "Calibration",
+    budgets: Sequence[int],
+    first_input: Any,
+    arguments: dict[str, Any],
+    seed: int,
+) -> "list[tuple[Source, Schedule]]":
+    from dpcache.run.inputs import call_arguments, seeded
+    from dpcache.run.plans import Plans
+
+    sources = [Source(name, budget) for budget in budgets]
+    for source in sources:
+        check(pipeline, source, calibration)
+    plans = [Plans(calibration, {"num_key_steps": budget}) for budget in budgets]
+    (call,) = call_arguments([first_input], {"output_type": "np", **arguments})
+    return list(
+        zip(sources, planned(pipeline, plans, calibration.facts.boundary, seeded(pipeline, call, seed)), strict=True)
+    )

@@ -1,0 +1,141 @@
+"""What the cached runs follow: schedules, or plans from a calibration; from files, the Hub, or this package."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from dpcache.errors import CacheStateError, ScheduleMismatchError
+
+if TYPE_CHECKING:
+    from dpcache.measure.calibration import Calibration
+    from dpcache.plan.schedule import Boundary, Schedule
+    from dpcache.run.plans import Plans
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a schedule came from.
+
+    Attributes:
+        name: of a schedule, or of the calibration it was planned from, as it was typed (see `dpcache.apps.sources`).
+        num_key_steps: K, where it was planned from a calibration.
+    """
+
+    name: str
+    num_key_steps: int | None = None
+
+    def __str__(self) -> str:
+        return self.name if self.num_key_steps is None else f"{self.name} -k {self.num_key_steps}"
+
+    def document(self) -> dict[str, str | None]:
+        """For JSON: the name of either, None for the other."""
+        planned = self.num_key_steps is not None
+        return {"schedule": None if planned else self.name, "calibration": self.name if planned else None}
+
+
+def read_schedule(name: str, steps: int | None = None, *, model: str | None = None) -> "Schedule":
+    """The schedule of this name: a file, a directory, a repository on the Hub, or one that ships with the package.
+
+    Args:
+        name: as it was typed.
+        steps: T that was asked for, if any.
+        model: what it is to be used with, if that is known: the hub id for "builtin:K".
+
+    Raises:
+        typer.BadParameter: it is a calibration, or the schedule is not for this number of steps.
+        FileNotFoundError, FileFormatError, HubError, UnknownModelError, ValueError: as `sources.schedule_from`.
+    """
+    from dpcache.apps.sources import schedule_from
+
+    if is_calibration(name):
+        raise typer.BadParameter(
+            f"{name} is no schedule but a calibration by its name: give it as --calibration {name} -k 13, or plan from "
+            f"it with `dpcache plan {name} -k 13`."
+        )
+    schedule = schedule_from(name, model)
+    if steps is not None and steps != schedule.num_inference_steps:
+        raise typer.BadParameter(
+            f"{name} is for {schedule.num_inference_steps} steps, not {steps}: leave out --steps, plan with `dpcache "
+            f"plan CALIBRATION -k {schedule.num_key_steps} --steps {steps}`, or give --calibration instead."
+        )
+    return schedule
+
+
+def read_calibration(name: str) -> "Calibration":
+    """The calibration of this name: a file, a directory, or a repository on the Hub.
+
+    Raises:
+        typer.BadParameter: it is a schedule.
+        FileNotFoundError, FileFormatError, HubError: as `sources.calibration_from`.
+    """
+    from dpcache.apps.sources import calibration_from
+
+    if Path(name).suffix == ".json" or name.startswith("builtin:"):
+        raise typer.BadParameter(f"{name} is no calibration but a schedule by its name: give it with --schedule.")
+    return calibration_from(name)
+
+
+def is_calibration(name: str) -> bool:
+    """Whether it is a calibration's name: a file or directory of one, or a file on the Hub."""
+    if Path(name).is_dir():
+        return (Path(name) / "calibration.safetensors").exists() and not (Path(name) / "schedule.json").exists()
+    return Path(name).suffix == ".safetensors"
+
+
+def num_steps(followed: "Schedule | Calibration") -> int:
+    """T of the schedule, or of the grid that was calibrated on."""
+    return followed.facts.num_inference_steps if hasattr(followed, "facts") else followed.num_inference_steps
+
+
+def follow(pipeline: Any, source: Source, followed: "Schedule | Calibration", **how: Any) -> None:
+    """`dpcache.enable`, with its arguments, and with the source named in what it refuses."""
+    from dpcache.run.cache import enable
+
+    planning: dict[str, Any] = {} if source.num_key_steps is None else {"num_key_steps": source.num_key_steps}
+    try:
+        enable(pipeline, followed, **planning, **how)
+    except ScheduleMismatchError as error:
+        raise ScheduleMismatchError(f"{source.name}: {error}") from error
+
+
+def check(pipeline: Any, source: Source, followed: "Schedule | Calibration") -> None:
+    """Nothing, if the pipeline can follow it; raises as `follow`."""
+    from dpcache.run.cache import disable
+
+    follow(pipeline, source, followed)
+    disable(pipeline)
+
+
+def computed_steps(pipeline: Any) -> tuple[int, ...] | None:
+    """Which steps of the latest call ran in full; None where nothing is followed, and all do."""
+    from dpcache.run.cache import stats
+
+    try:
+        return stats(pipeline).computed_steps
+    except CacheStateError:
+        return None
+
+
+def planned(pipeline: Any, plans: "Sequence[Plans]", boundary: "Boundary", call: dict[str, Any]) -> "list[Schedule]":
+    """The schedules that `dpcache.enable` would follow in such a call, one for each of the plans.
+
+    The call is begun to find out, for its noise levels are known after its first step.
+
+    Raises:
+        CalibrationError, GridError, InfeasibleBudgetError: as `dpcache.enable`.
+    """
+    from dpcache.measure.recording import record
+
+    class Begun(Exception):
+        """The first step was taken."""
+
+    def leave(step: int) -> None:
+        raise Begun
+
+    with contextlib.suppress(Begun):
+        record(pipeline, call, boundary=boundary, on_step=leave)
+    return [plan.on(pipeline.scheduler, 0)[0] for plan in plans]

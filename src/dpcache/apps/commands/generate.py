@@ -1,0 +1,180 @@
+"""`dpcache generate`."""
+
+import inspect
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from dpcache.files.prompts import JSON_LINES
+
+from . import terminal
+from .arguments import check_name, load, read_inputs, read_settings
+from .following import Source, computed_steps, follow, num_steps, read_calibration, read_schedule
+from .generate_ray import generate_on_ray
+from .options import SCHEDULE_HELP, CalibrationName, Model, Output, PromptFile, Prompts, Seed, Settings
+from .outputs import check_file, check_folder
+
+if TYPE_CHECKING:
+    from dpcache.measure.calibration import Calibration
+    from dpcache.plan.schedule import Schedule
+
+#: What files can hold.
+PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
+CLIPS = (".png", ".webp", ".gif")
+
+
+def generate(
+    model: Model,
+    prompts: Prompts = None,
+    schedule: Annotated[str | None, typer.Option("--schedule", "-s", help=f"{SCHEDULE_HELP}; none: in full.")] = None,
+    calibration: CalibrationName = None,
+    num_key_steps: Annotated[
+        int | None, typer.Option("--key-steps", "-k", min=1, help="K, with --calibration: steps to compute in full.")
+    ] = None,
+    adaptive: Annotated[
+        bool, typer.Option("--adaptive", help="With --calibration: let every picture choose its key steps as it goes.")
+    ] = False,
+    on_drift: Annotated[
+        Literal["warn", "full", "ignore"] | None,
+        typer.Option(help="With --calibration: what to do where it does not fit a picture [warn]."),
+    ] = None,
+    output: Output = Path("image.png"),
+    prompt_file: PromptFile = None,
+    steps: Annotated[
+        int | None, typer.Option("--steps", "-t", min=1, help="T: that of the schedule or calibration, or 50.")
+    ] = None,
+    seed: Seed = 0,
+    settings: Settings = None,
+    ray: Annotated[
+        str | None,
+        typer.Option(
+            "--ray",
+            metavar="ADDRESS",
+            help="Draw on a Ray cluster into the folder OUTPUT, and go on where that was interrupted: auto joins the "
+            "cluster that runs here, local starts one on this machine.",
+        ),
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="With --ray: pipelines [what the GPUs allow].")] = None,
+    gpus_per_worker: Annotated[
+        float | None, typer.Option(min=0, help="With --ray: GPUs of each pipeline [1 where there are some].")
+    ] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="With --ray: prompts in one call [1].")] = None,
+) -> None:
+    """Draws prompts, in full, with a schedule, or with what a calibration plans for the number of steps at hand.
+
+    Several pictures are numbered: image-0.png, image-1.png, ... Their suffix makes them PNG, JPEG, WebP or GIF.
+
+    --json: model, schedule, calibration (the one given, or null), num_inference_steps, and pictures, a list of file,
+    input, seed, seconds, and computed_steps (null where all were). With --ray: model, schedule, output, index (the
+    file that tells what became of each prompt), num_prompts and num_pictures.
+    """
+    if ray is not None:
+        if calibration is not None or num_key_steps is not None:
+            raise typer.BadParameter("--ray takes a --schedule: plan one with `dpcache plan CALIBRATION -k 13`.")
+        call = {**read_settings(model, settings), **({"num_inference_steps": steps} if steps else {})}
+        generate_on_ray(
+            model,
+            _for_ray(model, prompts, prompt_file, output),
+            output,
+            schedule,
+            schedule=None if schedule is None else read_schedule(schedule, steps, model=model),
+            num_workers=workers,
+            gpus_per_worker=gpus_per_worker,
+            batch_size=batch or 1,
+            seed=seed,
+            address=ray,
+            **call,
+        )
+        return
+    if workers or gpus_per_worker is not None or batch:
+        raise typer.BadParameter("--workers, --gpus-per-worker and --batch are for --ray.")
+    check_file(output, "picture", PICTURES)
+    followed = _followed(model, schedule, calibration, num_key_steps, steps)
+    if calibration is None and (adaptive or on_drift is not None):
+        raise typer.BadParameter("--adaptive and --on-drift go with --calibration FILE -k 13.")
+    inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=1, seed=seed)
+    arguments = read_settings(model, settings)
+    pipeline, inputs = load(model, inputs, arguments)
+    if output.suffix.lower() not in CLIPS and "num_frames" in inspect.signature(type(pipeline).__call__).parameters:
+        raise typer.BadParameter(
+            f"{type(pipeline).__name__} draws clips, which {output.suffix} cannot hold: call it "
+            f"{output.with_suffix('.gif')} (or {', '.join(CLIPS)})."
+        )
+    if followed is not None:
+        how: dict[str, Any] = {} if calibration is None else {"adaptive": adaptive, "on_drift": on_drift}
+        source, plan = followed
+        follow(pipeline, source, plan, **how)
+    arguments["num_inference_steps"] = steps or (num_steps(followed[1]) if followed is not None else 50)
+    pictures = _draw(pipeline, inputs, {"output_type": "np", **arguments}, output, seed)
+    terminal.result(
+        {
+            "model": model,
+            **(followed[0].document() if followed is not None else {"schedule": None, "calibration": None}),
+            "num_inference_steps": arguments["num_inference_steps"],
+            "pictures": pictures,
+        },
+        *(f"wrote {picture['file']} ({picture['seconds']:.2f} s)" for picture in pictures),
+    )
+
+
+def _followed(
+    model: str, schedule: str | None, calibration: str | None, num_key_steps: int | None, steps: int | None
+) -> "tuple[Source, Schedule | Calibration] | None":
+    if schedule is not None and calibration is not None:
+        raise typer.BadParameter("give --schedule or --calibration, not both.")
+    if (calibration is None) != (num_key_steps is None):
+        raise typer.BadParameter("--calibration and --key-steps go together: --calibration FILE -k 13.")
+    if schedule is not None:
+        return Source(schedule), read_schedule(schedule, steps, model=model)
+    if calibration is not None:
+        return Source(calibration, num_key_steps), read_calibration(calibration)
+    return None
+
+
+def _for_ray(model: str, prompts: list[str] | None, file: Path | None, output: Path) -> Any:
+    """What to draw on a cluster: the file, or a list."""
+    if output.suffix:
+        raise typer.BadParameter("with --ray pictures go into a folder: name one, for example -o pictures/.")
+    check_folder(output)
+    check_name(model)
+    if file is not None and str(file) != "-" and not prompts:
+        return file
+    if file is not None and file.suffix in JSON_LINES:
+        raise typer.BadParameter(f"give prompts as they are or in {file.name}, whose lines have names, not both.")
+    return read_inputs(model, prompts, file, held_out=True, count=1)
+
+
+def _draw(pipeline: Any, inputs: list[Any], arguments: dict[str, Any], output: Path, seed: int) -> list[dict[str, Any]]:
+    """Draws and writes every input; what JSON says of each picture."""
+    from tqdm.auto import tqdm
+
+    from dpcache.files.pictures import save_picture
+    from dpcache.run.inputs import call_arguments, label, seeded
+
+    calls = call_arguments(inputs, arguments)
+    pipeline.set_progress_bar_config(disable=not terminal.progress(), leave=len(calls) == 1)
+    written: list[dict[str, Any]] = []
+    bar = tqdm(calls, desc="generate", unit="call", disable=not terminal.progress() or len(calls) == 1)
+    try:
+        for number, call in enumerate(bar):
+            start = time.perf_counter()
+            pictures = pipeline(**seeded(pipeline, call, seed + number))[0]
+            seconds = time.perf_counter() - start
+            for picture in pictures:
+                many = len(calls) * len(pictures) > 1
+                path = output.with_stem(f"{output.stem}-{len(written)}") if many else output
+                save_picture(path, picture)
+                written.append(
+                    {
+                        "file": str(path),
+                        "input": label(pipeline, call),
+                        "seed": call["generator"].initial_seed() if "generator" in call else seed + number,
+                        "seconds": seconds,
+                        "computed_steps": computed_steps(pipeline),
+                    }
+                )
+    except KeyboardInterrupt as interrupt:
+        raise KeyboardInterrupt(f"interrupted: {terminal.counted(len(written), 'picture')} written.") from interrupt
+    return written

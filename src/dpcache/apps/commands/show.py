@@ -1,0 +1,180 @@
+"""`dpcache show`."""
+
+import math
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from . import terminal
+from .following import is_calibration, read_calibration, read_schedule
+from .options import SCHEDULE_HELP
+from .plan import facts as schedule_facts
+
+if TYPE_CHECKING:
+    from dpcache.measure.calibration import Calibration, Method
+    from dpcache.plan.planner import Plan
+    from dpcache.plan.schedule import Schedule
+
+
+def show(
+    name: Annotated[
+        str,
+        typer.Argument(
+            help=f"A calibration file or directory. {SCHEDULE_HELP}. builtin: what ships with the package.",
+            metavar="FILE",
+        ),
+    ],
+    num_key_steps: Annotated[
+        int | None, typer.Option("--key-steps", "-k", help="Of a calibration: the number of key steps to point at.")
+    ] = None,
+    schedule: Annotated[
+        str | None, typer.Option("--schedule", "-s", help="Of a calibration: the schedule to point at.")
+    ] = None,
+) -> None:
+    """Prints what a calibration or schedule holds; of a calibration, error against speedup for every budget.
+
+    --json: kind, "schedule", "calibration" or "builtin"; of the first two file, what was given. Of a schedule what
+    `dpcache plan --json` says, with denoiser and config. Of a calibration its facts, and plans: a list of
+    num_key_steps, key_steps, ideal_speedup, cost, and expected_error, which is null where no schedules were tried;
+    chosen is the number of key steps that was asked for. Of builtin a list of that name, with name, models and plans.
+    """
+    if is_calibration(name) or (Path(name).is_file() and Path(name).suffix != ".json"):
+        if schedule is not None:
+            num_key_steps = read_schedule(schedule).num_key_steps
+        _show_calibration(name, read_calibration(name), num_key_steps)
+        return
+    if num_key_steps is not None or schedule is not None:
+        raise typer.BadParameter(f"{name} is a schedule: --key-steps and --schedule point at plans of a calibration.")
+    if name == "builtin":
+        _show_builtin()
+    else:
+        _show_schedule(name, read_schedule(name))
+
+
+def _show_builtin() -> None:
+    from dpcache.plan.builtin import builtins
+
+    words: list[Any] = []
+    for one in builtins().values():
+        steps = one.num_inference_steps
+        table = Table("K", "T/K", "cost", title=f"{one.name}: {', '.join(one.models)}, {steps} steps", box=SIMPLE_HEAD)
+        table.add_column("key steps", no_wrap=True)
+        for k, plan in one.plans.items():
+            table.add_row(str(k), f"{steps / k:.2f}", f"{plan.cost:.1f}", _strip(plan.key_steps, steps))
+        table.caption = f"--schedule builtin:{one.name}:K, or builtin:K with {one.models[0]}"
+        words += [table, f"source: {one.source}"]
+    terminal.result(
+        {"kind": "builtin", "builtin": [one.model_dump(mode="json") for one in builtins().values()]}, *words
+    )
+
+
+def _strip(key_steps: Collection[int], num_steps: int) -> str:
+    return "".join("█" if t in key_steps else "·" for t in range(num_steps))
+
+
+def _show_schedule(name: str, schedule: "Schedule") -> None:
+    table = Table(show_header=False, box=None)
+    model = schedule.model
+    for fact, value in (
+        ("speedup", f"at most {schedule.ideal_speedup:.2f}x"),
+        ("boundary", schedule.boundary),
+        ("predictor", f"{schedule.predictor}, order {schedule.order}"),
+        ("corrections", f"at {len(schedule.corrections)} key steps" if schedule.corrections else "none"),
+        ("model", f"{model.denoiser}, configuration {model.config or 'any'}" if model else "any"),
+        ("cost", "not known" if schedule.cost is None else f"{schedule.cost:.6g}"),
+        ("measured error", "not known" if schedule.error is None else f"{schedule.error:.3%}"),
+        ("expected error", "not known" if schedule.expected_error is None else f"{schedule.expected_error:.3%}"),
+        ("source", schedule.source or "not known"),
+    ):
+        table.add_row(fact, escape(str(value)))
+    terminal.result(
+        {
+            "kind": "schedule",
+            "file": name,
+            **schedule_facts(schedule),
+            "denoiser": model.denoiser if model else None,
+            "config": model.config if model else None,
+        },
+        f"schedule: {schedule}",
+        _strip(schedule.key_steps, schedule.num_inference_steps),
+        table,
+    )
+
+
+def _show_calibration(name: str, calibration: "Calibration", chosen: int | None) -> None:
+    facts = calibration.facts.model_dump(mode="json", exclude={"timesteps", "sigmas", "model", "calls"})
+    model = calibration.facts.model
+    table = Table(show_header=False, box=None)
+    for fact, value in facts.items():
+        if value is not None:
+            table.add_row(fact.replace("_", " "), str(value))
+    table.add_row("model", f"{model.denoiser}, configuration {model.config}")
+    measured = "yes" if calibration.is_measured else "no (calibrate with --sensitivity measured)"
+    table.add_row("sensitivity measured", measured)
+    steps = calibration.facts.num_inference_steps
+    method: Method = "sampler" if len(calibration.gram) else "paper"
+    found = calibration.plan_all(method=method)
+    plans = {k: plan for k, plan in found.items() if plan.cost > 0 and (k <= steps // 2 or k == chosen)}
+    errors = _errors(calibration, plans)
+    terminal.result(
+        {
+            "kind": "calibration",
+            "file": name,
+            **facts,
+            "denoiser": model.denoiser,
+            "config": model.config,
+            "measured": calibration.is_measured,
+            "method": method,
+            "chosen": chosen,
+            "plans": [
+                {
+                    "num_key_steps": k,
+                    "key_steps": plan.key_steps,
+                    "ideal_speedup": steps / k,
+                    "cost": plan.cost,
+                    "expected_error": errors[k] if errors else None,
+                }
+                for k, plan in plans.items()
+            ],
+        },
+        table,
+        _trade_off(plans, errors, steps, method, chosen),
+    )
+
+
+def _errors(calibration: "Calibration", plans: "dict[int, Plan]") -> dict[int, float]:
+    """What each plan is expected to err by; nothing where no schedules were tried."""
+    if not len(calibration.tried):
+        return {}
+    return {k: calibration.expected_error(calibration.schedule(plan.key_steps)) for k, plan in plans.items()}
+
+
+def _trade_off(
+    plans: "dict[int, Plan]", errors: dict[int, float], steps: int, method: str, chosen: int | None
+) -> Table:
+    """Error against speedup: a bar for every budget, on a logarithmic scale."""
+    kind = "expected error" if errors else "error, of no known unit"
+    shown: dict[int, Any] = errors or {
+        k: plan.cost ** (0.5 if method == "sampler" else 1.0) for k, plan in plans.items()
+    }
+    table = Table("", "K", "T/K", kind, title=f"best single plans, {method} cost", box=SIMPLE_HEAD)
+    table.add_column("", no_wrap=True)
+    table.add_column("key steps", no_wrap=True)
+    logs = [math.log(error) for error in shown.values()]
+    for k, plan in plans.items():
+        share = (math.log(shown[k]) - min(logs)) / ((max(logs) - min(logs)) or 1.0)
+        figure = f"{shown[k]:.3%}" if errors else f"{shown[k]:.3g}"
+        bar = "█" * (1 + round(23 * share))
+        style = "bold" if k == chosen else None
+        keys = " ".join(map(str, plan.key_steps))
+        table.add_row("→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, bar, keys, style=style)
+    if chosen in plans:
+        table.caption = f"{chosen} key steps: {' '.join(map(str, plans[chosen].key_steps))}"
+    elif chosen is not None:
+        table.caption = f"{chosen} key steps are none of these: they are infeasible, or nothing is skipped."
+    return table

@@ -1,0 +1,72 @@
+"""A file of what was measured so far, so that a long search goes on where it was interrupted."""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dpcache.errors import FileFormatError
+
+FORMAT = "dpcache.journal"
+VERSION = 1
+
+
+class Journal:
+    """Remembers results by name; with a path, from one process to the next.
+
+    Args:
+        path: a file of JSON lines; None remembers in memory alone.
+        about: what the results depend on beside their names. A file of something else is refused.
+
+    Raises:
+        FileFormatError: the file is something else.
+    """
+
+    def __init__(self, path: "str | os.PathLike[str] | None", about: Any) -> None:
+        self._path = Path(path) if path is not None else None
+        self._known: dict[str, Any] = {}
+        head = {"format": FORMAT, "version": VERSION, "about": digest(about)}
+        if self._path is None:
+            return
+        if self._path.exists():
+            self._read(head)
+        else:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._write(head)
+
+    def get(self, name: str, measure: Callable[[], Any]) -> Any:
+        """The result of this name; measured if it is not known yet. Results are what JSON can hold."""
+        if name not in self._known:
+            self._known[name] = measure()
+            if self._path is not None:
+                self._write({"name": name, "result": self._known[name]})
+        return self._known[name]
+
+    def _read(self, head: dict[str, Any]) -> None:
+        assert self._path is not None
+        # The last line may have been cut short by what interrupted the search.
+        *lines, last = self._path.read_text(encoding="utf-8").split("\n")
+        try:
+            found, *entries = (json.loads(line) for line in lines)
+            self._known = {entry["name"]: entry["result"] for entry in entries}
+        except (ValueError, KeyError, TypeError) as error:
+            raise FileFormatError(f"{self._path} is not a checkpoint of dpcache: delete it or name another.") from error
+        if found != head:
+            raise FileFormatError(
+                f"{self._path} belongs to another search, of other inputs, settings or another model: delete it or "
+                "name another."
+            )
+        if last:
+            self._path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
+
+    def _write(self, entry: dict[str, Any]) -> None:
+        assert self._path is not None
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+
+
+def digest(value: Any) -> str:
+    """A short name for anything that JSON can hold."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]

@@ -1,0 +1,1 @@
+"""Full against cached: comparison, metrics, the report."""

@@ -1,0 +1,212 @@
+"""Full against cached: the same inputs and seeds through both, what differs and what it saves."""
+
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from tqdm.auto import tqdm
+
+from dpcache.errors import UnsupportedPipelineError
+from dpcache.measure.recording import quiet
+from dpcache.plan.schedule import Schedule
+from dpcache.run.cache import enabled, require_disabled
+from dpcache.run.denoisers import find_blocks, find_denoisers
+from dpcache.run.inputs import Input, call_arguments, label, seeded
+
+from .metrics import Picture, psnr, ssim
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One output, drawn in full and cached.
+
+    Attributes:
+        label: the prompt, or what else tells the input apart.
+        seed: of the noise.
+        psnr: dB, of the cached output against the full one, in float.
+        ssim: likewise, 1 is equal.
+        full: float [H, W, C] in [0, 1] ([F, H, W, C] for a clip), drawn in full.
+        cached: likewise, drawn with the schedule.
+    """
+
+    label: str
+    seed: int
+    psnr: float
+    ssim: float
+    full: Picture
+    cached: Picture
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Full against cached over a set of inputs.
+
+    Attributes:
+        schedule: what the cached runs followed.
+        samples: one for every output, in the order of the inputs.
+        full_seconds: time of every full pipeline call, text encoding and decoding included.
+        cached_seconds: time of every cached call.
+        full_block_runs: transformer blocks run in all full calls together, counted inside the blocks; 0 where the
+            library does not know the denoiser's blocks.
+        cached_block_runs: likewise for the cached calls.
+    """
+
+    schedule: Schedule
+    samples: tuple[Sample, ...]
+    full_seconds: tuple[float, ...]
+    cached_seconds: tuple[float, ...]
+    full_block_runs: int
+    cached_block_runs: int
+
+    @property
+    def speedup(self) -> float:
+        """Median time of a full call over that of a cached one."""
+        return float(np.median(self.full_seconds) / np.median(self.cached_seconds))
+
+    @property
+    def psnr_mean(self) -> float:
+        """Mean PSNR in dB."""
+        return float(np.mean([s.psnr for s in self.samples]))
+
+    @property
+    def psnr_p5(self) -> float:
+        """5th percentile of PSNR in dB; where equal outputs make some infinite, the sample below it."""
+        values = [s.psnr for s in self.samples]
+        return float(np.percentile(values, 5, method="linear" if np.isfinite(values).all() else "lower"))
+
+    @property
+    def psnr_worst(self) -> float:
+        """PSNR in dB of the worst sample."""
+        return min(s.psnr for s in self.samples)
+
+    @property
+    def ssim_mean(self) -> float:
+        """Mean SSIM."""
+        return float(np.mean([s.ssim for s in self.samples]))
+
+
+def compare(
+    pipeline: Any,
+    schedule: Schedule,
+    inputs: Sequence[Input],
+    *,
+    seeds: "int | Sequence[int]" = 0,
+    progress: bool = True,
+    **arguments: Any,
+) -> Comparison:
+    """Draws every input in full and with the schedule, from the same noise.
+
+    Args:
+        pipeline: a diffusers pipeline, dpcache not enabled on it.
+        schedule: the schedule to try; its number of steps is used for both.
+        inputs: prompts, or dicts of arguments of the pipeline's call.
+        seeds: one seed per input, or the first of consecutive ones.
+        progress: show a progress bar.
+        arguments: further arguments of every call; an input's own win.
+
+    Raises:
+        CalibrationError: no inputs.
+        ValueError: not as many seeds as inputs.
+        CacheStateError, ScheduleMismatchError, UnsupportedPipelineError: as `enable`.
+    """
+    return compare_all(pipeline, [schedule], inputs, seeds=seeds, progress=progress, **arguments)[0]
+
+
+def compare_all(
+    pipeline: Any,
+    schedules: Sequence[Schedule],
+    inputs: Sequence[Input],
+    *,
+    seeds: "int | Sequence[int]" = 0,
+    progress: bool = True,
+    **arguments: Any,
+) -> list[Comparison]:
+    """`compare` for several schedules of one number of steps, the full runs shared and all runs interleaved."""
+    steps = {schedule.num_inference_steps for schedule in schedules}
+    if len(steps) != 1:
+        raise ValueError(f"compare schedules of one number of steps at a time, got {sorted(steps)}.")
+    calls = call_arguments(inputs, {"num_inference_steps": steps.pop(), "output_type": "np", **arguments})
+    first_seed = range(seeds, seeds + len(calls)) if isinstance(seeds, int) else list(seeds)
+    if len(first_seed) != len(calls):
+        raise ValueError(f"give one seed per input: {len(calls)} inputs but {len(first_seed)} seeds.")
+
+    require_disabled(pipeline)
+    full = _Side(pipeline, None)
+    cached = [_Side(pipeline, schedule) for schedule in schedules]
+    with tqdm(total=1 + len(calls) * (1 + len(cached)), desc="compare", unit="run", disable=not progress) as bar:
+        full.run(calls[0], first_seed[0])  # the first call pays for what is set up once
+        full.reset()
+        bar.update()
+        for call, seed in zip(calls, first_seed, strict=True):
+            for side in (full, *cached):
+                side.run(call, seed)
+                bar.update()
+    return [_comparison(schedule, full, side) for schedule, side in zip(schedules, cached, strict=True)]
+
+
+class _Side:
+    """One of the ways to draw: in full, or with a schedule."""
+
+    def __init__(self, pipeline: Any, schedule: Schedule | None) -> None:
+        self.pipeline, self.schedule = pipeline, schedule
+        self.reset()
+
+    def reset(self) -> None:
+        self.seconds: list[float] = []
+        self.pictures: list[Picture] = []
+        self.labels: list[tuple[str, int]] = []
+        self.block_runs = 0
+
+    def run(self, call: Mapping[str, Any], seed: int) -> None:
+        arguments = seeded(self.pipeline, call, seed)
+        with quiet(self.pipeline), count_block_runs(find_denoisers(self.pipeline)) as count:
+            if self.schedule is None:
+                output = self._timed(arguments)
+            else:
+                with enabled(self.pipeline, self.schedule):
+                    output = self._timed(arguments)
+        self.block_runs += count[0]
+        pictures = np.asarray(output[0])
+        self.pictures.extend(pictures)
+        self.labels.extend([(label(self.pipeline, call), seed)] * len(pictures))
+
+    def _timed(self, arguments: dict[str, Any]) -> Any:
+        start = time.perf_counter()
+        output = self.pipeline(**arguments)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        self.seconds.append(time.perf_counter() - start)
+        return output
+
+
+def _comparison(schedule: Schedule, full: _Side, cached: _Side) -> Comparison:
+    samples = tuple(
+        Sample(text, seed, psnr(a, b), ssim(a, b), a, b)
+        for (text, seed), a, b in zip(full.labels, full.pictures, cached.pictures, strict=True)
+    )
+    return Comparison(schedule, samples, tuple(full.seconds), tuple(cached.seconds), full.block_runs, cached.block_runs)
+
+
+@contextmanager
+def count_block_runs(denoisers: Sequence[nn.Module]) -> Iterator[list[int]]:
+    """Counts how often transformer blocks really run, on a layer inside each; yields the count in a list of one."""
+    count = [0]
+
+    def add(*_: Any) -> None:
+        count[0] += 1
+
+    try:
+        blocks = [block for denoiser in denoisers for block in find_blocks(denoiser)]
+    except UnsupportedPipelineError:
+        blocks = []
+    handles = [block.layer().register_forward_pre_hook(add) for block in blocks]
+    try:
+        yield count
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,0 +1,1 @@
+"""What full runs show: recording them, and the calibration that comes of it."""

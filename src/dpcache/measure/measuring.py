@@ -1,0 +1,299 @@
+"""`calibrate()`: full runs on a few inputs, and what was measured in them."""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from dpcache.errors import CalibrationError
+from dpcache.files.journal import Journal
+from dpcache.plan.costs import CostTensor
+from dpcache.plan.schedule import Boundary, ModelIdentity
+from dpcache.run.denoisers import find_denoisers, identify
+from dpcache.run.inputs import Input, call_arguments, seeded
+from dpcache.run.schedulers import prediction_type
+
+from .calibration import Calibration
+from .calibration_file import Facts
+from .paper import paper_cost
+from .recording import RecordedRun, record
+from .sensitivity import measure, probing_calls, ratios
+from .trials import Trial, average_error
+
+#: How to find what comes of an error: from the sampler alone, or by repeating runs with one.
+Sensitivity = Literal["sampler", "measured"]
+#: So many inputs are probed where the sensitivity is measured.
+PROBED_INPUTS = 2
+#: So many inputs are run with three plans, of these T / K, to know what errors to expect.
+TRIED_INPUTS = 4
+TRIED_SPEEDUPS = (8, 5, 3)
+#: Seeds of trials are so far from those of calibration that they never meet.
+TRIAL_SEED = 1_000_000
+
+
+def calibrate(
+    pipeline: Any,
+    inputs: Sequence[Input],
+    *,
+    num_inference_steps: int = 50,
+    boundary: Boundary = "blocks",
+    order: int = 2,
+    sensitivity: Sensitivity = "sampler",
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: "str | os.PathLike[str] | None" = None,
+    distribute: bool = False,
+    **arguments: Any,
+) -> Calibration:
+    """Runs the pipeline in full on a few inputs and measures what predicting each stretch of steps would cost.
+
+    Five inputs are enough and one is nearly enough (DPCache, arXiv 2602.22654). The pipeline is left as it was.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        inputs: prompts, or dicts of arguments of the pipeline's call; each is one call.
+        num_inference_steps: T; schedules planned from the calibration are for this many steps.
+        boundary: what to cache and predict: `"blocks"`, the last transformer block's output, or `"output"`, the
+            denoiser's.
+        order: order of the Taylor prediction.
+        sensitivity: `"measured"` repeats the runs of the first two inputs with a prediction at one step, for about a
+            dozen steps, to find how much it matters there: some nine full runs each. Then it runs three plans on four
+            inputs, to find what errors to expect: some seven full runs in all. Plans are far better for it where errors
+            in the first steps make other pictures, and `plan(max_error=...)` needs it.
+        seed: input n gets a generator seeded with `seed + n`, unless it brings its own.
+        progress: show a progress bar.
+        checkpoint: a directory that keeps what was measured of each input: called again with it, only the others are
+            run.
+        distribute: share the inputs out among the processes of torch.distributed, each with a pipeline of its own on
+            its own device (`accelerate launch`): every process returns the calibration of all of them.
+        arguments: further arguments of every call; an input's own win.
+
+    Raises:
+        CalibrationError: no inputs, or a value was NaN or infinite (the message names input and step); or the
+            checkpoint is of other inputs.
+        UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
+        CacheStateError: dpcache is enabled on the pipeline.
+    """
+    defaults = {"num_inference_steps": num_inference_steps, "output_type": "latent", **arguments}
+    calls = call_arguments(inputs, defaults)
+    probed = PROBED_INPUTS if sensitivity == "measured" else 0
+    tried = calls[:TRIED_INPUTS] if sensitivity == "measured" else []
+    steps = num_inference_steps
+    per_trial = steps + sum(_tried_budgets(steps))
+    total = len(calls) * steps + min(probed, len(calls)) * probing_calls(steps) + len(tried) * per_trial
+    rank, ranks = _place() if distribute else (0, 1)
+    parts: dict[int, Calibration] = {}
+    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress or rank > 0) as bar:
+        for number, call in list(enumerate(calls))[rank::ranks]:
+            kept = Path(checkpoint) / f"input-{number}-seed-{seed + number}.safetensors" if checkpoint else None
+            if kept is not None and kept.exists():
+                parts[number] = _resumed(kept, number, call, boundary, order, number < probed)
+                bar.update(steps + (number < probed) * probing_calls(steps))
+                continue
+            try:
+                part = _measured(pipeline, call, seed + number, boundary, order, number < probed, bar.update)
+            except CalibrationError as error:
+                raise CalibrationError(f"input {number}: {error}") from error
+            parts[number] = part
+            if kept is not None:
+                part.save(kept)
+        found = _merged(parts, ranks)
+        if tried and len(found.gram):
+            path = Path(checkpoint) / f"tried{f'-{rank}' if rank else ''}.jsonl" if checkpoint else None
+            journal = Journal(path, [calls, seed, boundary, order])
+            found = _tried_out(pipeline, found, tried, TRIAL_SEED + seed, journal, partial(bar.update, per_trial))
+    return found
+
+
+def _place() -> tuple[int, int]:
+    """Which of how many processes this is."""
+    if not torch.distributed.is_initialized():
+        raise CalibrationError(
+            "distribute=True needs several processes that know each other: start the program with `accelerate launch` "
+            "or torchrun and make an accelerate.PartialState() first."
+        )
+    return torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+def _merged(parts: dict[int, Calibration], ranks: int) -> Calibration:
+    """One calibration of all inputs in their order, whichever process measured them."""
+    if ranks > 1:
+        shared: list[Any] = [None] * ranks
+        torch.distributed.all_gather_object(shared, parts)
+        parts = {number: part for some in shared for number, part in some.items()}
+    first = parts[0].facts.num_inference_steps
+    for number, part in sorted(parts.items()):
+        if part.facts.num_inference_steps != first:
+            raise CalibrationError(
+                f"input {number} ran {part.facts.num_inference_steps} steps and those before it {first}: give every "
+                "input the same number of steps."
+            )
+    return Calibration.merged([parts[number] for number in sorted(parts)])
+
+
+def _measured(
+    pipeline: Any,
+    call: dict[str, Any],
+    seed: int,
+    boundary: Boundary,
+    order: int,
+    probe: bool,
+    on_step: Callable[[], object],
+) -> Calibration:
+    """The calibration of one input."""
+    run = record(pipeline, seeded(pipeline, call, seed), boundary=boundary, on_step=lambda _: on_step())
+    part = from_run(
+        run,
+        boundary=boundary,
+        order=order,
+        model=identify(find_denoisers(pipeline)),
+        pipeline=type(pipeline).__name__,
+        scheduler=type(pipeline.scheduler).__name__,
+        prediction=prediction_type(pipeline.scheduler),
+        calls=_as_json([call]),
+        device=_device(pipeline),
+    )
+    if not probe or not len(part.gram):
+        return part
+    moved = measure(pipeline, partial(seeded, pipeline, call, seed), on_step)
+    return replace(part, probes=ratios(moved, part.influence[0])[None])
+
+
+def from_run(
+    run: RecordedRun,
+    *,
+    boundary: Boundary,
+    order: int,
+    model: ModelIdentity,
+    pipeline: str,
+    scheduler: str,
+    prediction: str | None,
+    calls: tuple[dict[str, Any], ...] | None = None,
+    device: Any = None,
+) -> Calibration:
+    """The calibration of one recorded run.
+
+    Args:
+        run: what was recorded.
+        boundary: where its values were read.
+        order: of the Taylor prediction whose errors the paper's cost holds.
+        model: the model that ran.
+        pipeline: class name of what called it.
+        scheduler: class name of what stepped.
+        prediction: as in `Facts`.
+        calls: as in `Facts`.
+        device: where to compute the paper's cost; by default where the values are.
+
+    Raises:
+        CalibrationError: no branch was called at every step.
+        ValueError: the run has too few steps for the order.
+    """
+    steps = run.num_steps
+    costs = _paper_costs(run, order, device)
+    gram = run.gram()
+    empty = np.empty((0, steps))
+    return Calibration(
+        facts=Facts(
+            num_inference_steps=steps,
+            boundary=boundary,
+            order=order,
+            model=model,
+            pipeline=pipeline,
+            scheduler=scheduler,
+            timesteps=run.timesteps,
+            sigmas=run.sigmas,
+            prediction=prediction,
+            num_inputs=1,
+            num_branches=len(costs),
+            calls=calls,
+        ),
+        paper_cost=np.asarray(sum(costs) / len(costs)),
+        gram=gram.numpy()[None] if gram is not None else np.empty((0, steps, steps)),
+        value_gram=run.value_gram().numpy()[None],
+        influence=np.array([[run.influence[t] for t in range(steps)]]) if gram is not None else empty,
+        probes=empty,
+        tried=empty,
+        tried_error=np.empty(0),
+    )
+
+
+def _tried_out(
+    pipeline: Any,
+    found: Calibration,
+    calls: Sequence[dict[str, Any]],
+    seed: int,
+    journal: Journal,
+    on_trial: Callable[[], object],
+) -> Calibration:
+    """The calibration, with what its own plans err by when they are run, from other noise."""
+    plans = [found.plan(budget) for budget in _tried_budgets(found.facts.num_inference_steps)]
+
+    def errors(number: int, call: dict[str, Any]) -> list[float]:
+        trial = Trial(pipeline, seeded(pipeline, call, seed + number))
+        trial.run_in_full()
+        return [trial.error(plan) for plan in plans]
+
+    rows = []
+    for number, call in enumerate(calls):
+        rows.append(journal.get(f"trial {number}", partial(errors, number, call)))
+        on_trial()
+    tried = np.zeros((len(plans), found.facts.num_inference_steps))
+    for row, plan in zip(tried, plans, strict=True):
+        row[list(plan.key_steps)] = 1.0
+    return replace(
+        found, tried=tried, tried_error=np.array([average_error(errors) for errors in zip(*rows, strict=True)])
+    )
+
+
+def _tried_budgets(num_steps: int) -> list[int]:
+    return sorted({max(2, num_steps // speedup) for speedup in TRIED_SPEEDUPS} & set(range(2, num_steps)))
+
+
+def _resumed(
+    path: Path, number: int, call: dict[str, Any], boundary: Boundary, order: int, probed: bool
+) -> Calibration:
+    """What a checkpoint keeps of an input, if it is that input's."""
+    part = Calibration.load(path)
+    facts = part.facts
+    if facts.calls is None:
+        raise CalibrationError(
+            f"{path} does not say of which input it is, for there was more in it than text and numbers: delete it."
+        )
+    if (facts.calls, facts.boundary, facts.order) != (_as_json([call]), boundary, order) or part.is_measured != probed:
+        raise CalibrationError(
+            f"{path} was measured on another input {number}, or in another way: go on with the same arguments, or "
+            "give another checkpoint."
+        )
+    return part
+
+
+def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | None:
+    plain = [{name: value for name, value in call.items() if name != "generator"} for call in calls]
+    try:
+        return tuple(json.loads(json.dumps(plain)))
+    except TypeError:
+        return None
+
+
+def _device(pipeline: Any) -> Any:
+    """Where the pipeline computes: its weights may be elsewhere, with offloading."""
+    found = getattr(pipeline, "_execution_device", None)
+    return found if found is not None else next(find_denoisers(pipeline)[0].parameters()).device
+
+
+def _paper_costs(run: RecordedRun, order: int, device: Any) -> list[CostTensor]:
+    """The paper's cost tensor of every branch, computed where the pipeline runs."""
+    costs = [paper_cost(values, order, device=device) for values in run.complete_branches()]
+    if not costs:
+        raise CalibrationError(
+            f"no denoiser call was made at every one of the {run.num_steps} steps, so there is no whole trajectory to "
+            "measure. Calibrate with guidance on throughout and from the first step."
+        )
+    return costs

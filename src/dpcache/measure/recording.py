@@ -1,0 +1,224 @@
+"""Records one pipeline call: the value at the boundary at every step, per branch. Changes nothing it watches."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from dpcache.errors import CalibrationError
+from dpcache.plan.schedule import Boundary
+from dpcache.run.cache import require_disabled
+from dpcache.run.schedulers import noise_levels, step_influence
+from dpcache.run.sums import keep
+from dpcache.run.watch import Branch, Call, Grid, Moved, Watch
+
+#: Columns of the values that are multiplied at a time.
+_COLUMNS = 2**16
+
+
+@dataclass
+class RecordedRun:
+    """What one call of a pipeline went through.
+
+    Attributes:
+        num_steps: T, the steps its sampling loop took.
+        timesteps: float64 [T], the part of the scheduler's grid that the loop ran through.
+        sigmas: float64 [T + 1], the noise level at every step and after the last (see `schedulers.noise_levels`); None
+            where they are not known.
+        values: per branch, the value at the boundary at every step it was called, step -> tensor in host memory.
+        received: what the scheduler was given at every step, after guidance, step -> float32 [D] in host memory.
+        influence: how far the scheduler moved the sample per unit of what it was given (see `costs.step_influence`).
+        output: what the pipeline returned.
+    """
+
+    num_steps: int = 0
+    timesteps: tuple[float, ...] = ()
+    sigmas: tuple[float, ...] | None = None
+    values: dict[Branch, dict[int, torch.Tensor]] = field(default_factory=dict)
+    received: dict[int, torch.Tensor] = field(default_factory=dict)
+    influence: dict[int, float] = field(default_factory=dict)
+    output: Any = None
+    _complete: list[torch.Tensor] | None = field(default=None, repr=False)
+
+    def complete_branches(self) -> list[torch.Tensor]:
+        """[T, ...] for every branch that was called at each of the T steps.
+
+        Where a pipeline switches between denoisers, what each computed of a branch follows on what the last one did.
+        """
+        if self._complete is None:
+            joined: dict[tuple[str, int], dict[int, tuple[Branch, torch.Tensor]]] = {}
+            for branch, steps in self.values.items():
+                of_branch = joined.setdefault((branch.context, branch.number), {})
+                of_branch.update({step: (branch, value) for step, value in steps.items()})
+            whole = [steps for steps in joined.values() if len(steps) == self.num_steps]
+            self._complete = [
+                self._stacked(steps) for steps in whole if len({value.shape for _, value in steps.values()}) == 1
+            ]
+        return self._complete
+
+    def _stacked(self, steps: dict[int, tuple[Branch, torch.Tensor]]) -> torch.Tensor:
+        """[T, ...]; the values become parts of it, so that they are held once."""
+        stack = torch.stack([steps[t][1] for t in range(self.num_steps)])
+        for t, (branch, _) in steps.items():
+            self.values[branch][t] = stack[t]
+        return stack
+
+    def gram(self) -> torch.Tensor | None:
+        """float64 [T, T]: mean product of what the scheduler received at every two steps; None if that is not known."""
+        if len(self.received) < self.num_steps:
+            return None
+        return _products(torch.stack([self.received[t] for t in range(self.num_steps)]))
+
+    def value_gram(self) -> torch.Tensor:
+        """float64 [T, T]: mean product of the values at the boundary at every two steps, mean over whole branches."""
+        return torch.stack([_products(values) for values in self.complete_branches()]).mean(dim=0)
+
+
+def _products(values: torch.Tensor) -> torch.Tensor:
+    flat = values.flatten(start_dim=1)
+    total = torch.zeros(len(flat), len(flat), dtype=torch.float64)
+    for start in range(0, flat.shape[1], _COLUMNS):
+        wide = flat[:, start : start + _COLUMNS].double()  # all of it would be large
+        total.addmm_(wide, wide.T)
+    return total / flat.shape[1]
+
+
+def record(
+    pipeline: Any,
+    arguments: dict[str, Any],
+    *,
+    boundary: Boundary = "blocks",
+    on_step: Callable[[int], object] = lambda step: None,
+) -> RecordedRun:
+    """Calls `pipeline(**arguments)` in full and records the value at the boundary at every step.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        arguments: of its call.
+        boundary: where to read the value.
+        on_step: called with the step's index when a step has ended.
+
+    Raises:
+        CalibrationError: a value is NaN or infinite (the message names the step), or the call ran no sampling loop.
+        CacheStateError: dpcache is enabled on the pipeline.
+        UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
+    """
+    require_disabled(pipeline)
+    recorder = _Recorder(on_step)
+    watch = Watch(pipeline, boundary, recorder)
+    try:
+        with quiet(pipeline):
+            recorder.run.output = pipeline(**arguments)
+    finally:
+        watch.close()
+    recorder.finish()
+    run = recorder.run
+    if not run.num_steps:
+        raise CalibrationError(
+            f"{type(pipeline).__name__} was called but its scheduler never took a step, so there is nothing to record: "
+            "is the scheduler of this pipeline somewhere else, or does it step copies of it?"
+        )
+    run.timesteps = tuple(float(t) for t in watch.scheduler.timesteps[recorder.start :][: run.num_steps])
+    levels = noise_levels(watch.scheduler, recorder.start)
+    run.sigmas = levels and levels[: run.num_steps + 1]
+    return run
+
+
+class _Recorder:
+    """The observer: sends everything to host memory and looks at none of it, so that the loop waits for nothing."""
+
+    def __init__(self, on_step: Callable[[int], object]) -> None:
+        self.run = RecordedRun()
+        self.start = 0
+        self.on_step = on_step
+        self._finite: list[tuple[int, torch.Tensor]] = []
+        self._post = _Post()
+
+    def begin(self) -> None:
+        self._post.deliver()
+        self._finite.clear()
+        self.run.num_steps = 0
+        for recorded in (self.run.values, self.run.received, self.run.influence):
+            recorded.clear()
+
+    def call(self, call: Call) -> Any:
+        output, value = call.full()
+        self._finite.append((call.step, torch.isfinite(value).all()))
+        values = self.run.values.setdefault(call.branch, {})
+        self._post.send(call.step, [value], lambda host: values.__setitem__(call.step, host))
+        return output
+
+    def located(self, grid: Grid) -> None:
+        self.start = grid.start
+
+    def end_step(self, step: int, moved: Moved) -> None:
+        self.run.num_steps = step + 1
+        tensors = [moved.received, moved.before, moved.after]
+        if all(isinstance(tensor, torch.Tensor) for tensor in tensors) and len({t.shape for t in tensors}) == 1:
+            self._post.send(step, tensors, partial(self._stepped, step))
+        self._post.deliver(before=step)
+        self.on_step(step)
+
+    def _stepped(self, step: int, given: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
+        self.run.received[step] = given.float().flatten()
+        self.run.influence[step] = step_influence(given, before, after)
+
+    def end(self) -> None:
+        pass
+
+    def finish(self) -> None:
+        """Waits for what is under way.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        self._post.deliver()
+        for step, finite in self._finite:
+            if not bool(finite):
+                raise CalibrationError(
+                    f"the denoiser's value at step {step} is NaN or infinite: the model overflows before any caching. "
+                    "Load it in torch.bfloat16 or torch.float32, and check that the call works without dpcache."
+                )
+
+
+class _Post:
+    """Copies to host memory. Those from a GPU are waited for a step later, when they have long arrived."""
+
+    def __init__(self) -> None:
+        self._under_way: list[tuple[int, torch.cuda.Event, list[torch.Tensor], Callable[..., object]]] = []
+
+    def send(self, step: int, tensors: Sequence[torch.Tensor], arrived: Callable[..., object]) -> None:
+        """Calls `arrived` with copies of the tensors, sooner or later. Copies even on the CPU: tensors may change."""
+        copies = [keep(tensor, offload=True) for tensor in tensors]
+        if not any(tensor.is_cuda for tensor in tensors):
+            arrived(*copies)
+            return
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record(torch.cuda.current_stream(tensors[0].device))
+        self._under_way.append((step, event, copies, arrived))
+
+    def deliver(self, before: int | None = None) -> None:
+        """Waits for what was sent in steps before this one; for everything, if not given."""
+        while self._under_way and (before is None or self._under_way[0][0] < before):
+            _, event, copies, arrived = self._under_way.pop(0)
+            event.synchronize()
+            # Out of the pinned memory, which the next copies use again.
+            arrived(*(copy.clone() for copy in copies))
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Keeps the pipeline's own progress bar silent, and leaves its settings as they were."""
+    missing = object()
+    before = vars(pipeline).get("_progress_bar_config", missing)
+    pipeline.set_progress_bar_config(**{**(before if isinstance(before, dict) else {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is missing:
+            del pipeline._progress_bar_config
+        else:
+            pipeline._progress_bar_config = before

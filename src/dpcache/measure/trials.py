@@ -1,0 +1,159 @@
+"""One call of a pipeline, run in full and with one schedule after another, and how far the outputs lie apart."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from dpcache.plan.schedule import Schedule
+from dpcache.run.cache import Cache, enabled
+from dpcache.run.inputs import seeded
+from dpcache.run.packing import take_apart
+from dpcache.run.watch import Branch, Call, Grid, Moved, Watch
+
+from .recording import quiet
+
+Array = npt.NDArray[np.float64]
+#: Relative errors below this are none: it keeps logarithms finite.
+NO_ERROR = 1e-12
+#: The power in which errors of several outputs are averaged. The logarithm (power 0) overlooks a few bad outputs among
+#: many good ones, the square sees nothing else.
+AVERAGED_POWER = 0.5
+
+
+def average_error(errors: Sequence[float]) -> float:
+    """What several relative errors amount to: their mean in the power `AVERAGED_POWER`."""
+    return float(np.mean(np.asarray(errors) ** AVERAGED_POWER) ** (1 / AVERAGED_POWER))
+
+
+class Trial:
+    """One call of a pipeline that returns latents.
+
+    Args:
+        pipeline: a diffusers pipeline, dpcache not enabled on it.
+        arguments: of its call, the generator included.
+    """
+
+    def __init__(self, pipeline: Any, arguments: dict[str, Any]) -> None:
+        self.pipeline, self.arguments = pipeline, arguments
+
+    def run_in_full(self) -> None:
+        """Once, before errors are asked for."""
+        self.full = self._run()
+
+    def error(self, schedule: Schedule) -> float:
+        """RMS difference between what the schedule and the full run return, as a share of the latter."""
+        with enabled(self.pipeline, schedule):
+            difference = self._run() - self.full
+        return max(float(np.linalg.norm(difference) / np.linalg.norm(self.full)), NO_ERROR)
+
+    def responses(
+        self, schedule: Schedule, variants: Sequence[tuple[int, Schedule]], on_run: Callable[[], object] = lambda: None
+    ) -> tuple[Array, Array]:
+        """What the schedule returns, and what variants of it do.
+
+        Args:
+            schedule: a schedule.
+            variants: each a schedule with the same key steps, and the first step that it predicts differently. Before
+                that step nothing is computed: the denoiser's outputs are remembered.
+            on_run: called after every run.
+
+        Returns:
+            float64 [D], and [variants, D].
+        """
+        rerun = _Rerun()
+        watch = Watch(self.pipeline, schedule.boundary, rerun)
+        try:
+            rerun.cache = Cache(schedule)
+            output = self._run()
+            on_run()
+            others = []
+            for start, variant in variants:
+                rerun.cache, rerun.start = Cache(variant), start
+                others.append(self._run())
+                on_run()
+        finally:
+            watch.close()
+        return output, np.stack(others) if others else np.empty((0, output.size))
+
+    def _run(self) -> Array:
+        with quiet(self.pipeline):
+            output = self.pipeline(**seeded(self.pipeline, self.arguments, 0))[0]
+        return np.asarray(torch.as_tensor(output).to("cpu", torch.float64)).reshape(-1)
+
+
+class _Rerun:
+    """Follows a schedule and remembers every call; then follows others that begin in the same way."""
+
+    def __init__(self) -> None:
+        self.cache: Cache
+        #: Calls before this step are answered from memory; None while remembering.
+        self.start: int | None = None
+        self._outputs: dict[tuple[int, Branch], _Kept] = {}
+        self._values: dict[tuple[int, Branch], _Kept] = {}
+
+    def begin(self) -> None:
+        self.cache.begin()
+
+    def located(self, grid: Grid) -> None:
+        self.cache.located(grid)
+
+    def end_step(self, step: int, moved: Moved) -> None:
+        self.cache.end_step(step, moved)
+
+    def end(self) -> None:
+        self.cache.end()
+
+    def call(self, call: Call) -> Any:
+        key = call.step, call.branch
+        if self.start is None:
+            output = self.cache.call(_Remembering(call, self._values))
+            self._outputs[key] = _Kept(output)
+            return output
+        if call.step < self.start:
+            # The cache still sees the value at the boundary: it predicts later steps from it.
+            return self.cache.call(_Remembered(call, self._outputs[key], self._values.get(key)))
+        return self.cache.call(call)
+
+
+class _Kept:
+    """What was computed, in host memory: every reading gives a copy, for a pipeline may change what it gets."""
+
+    def __init__(self, value: Any) -> None:
+        tensors, self._build = take_apart(value)
+        self._devices = [tensor.device for tensor in tensors]
+        self._tensors = [tensor.detach().to("cpu", copy=True) for tensor in tensors]
+
+    def copy(self) -> Any:
+        pairs = zip(self._tensors, self._devices, strict=True)
+        return self._build(iter([tensor.to(device, copy=True) for tensor, device in pairs]))
+
+
+class _Remembering(Call):
+    """A call whose value at the boundary is kept, where it is computed."""
+
+    def __init__(self, call: Call, values: dict[tuple[int, Branch], _Kept]) -> None:
+        super().__init__(**vars(call))
+        self._known = values
+
+    def full(self) -> tuple[Any, torch.Tensor]:
+        output, value = super().full()
+        self._known[self.step, self.branch] = _Kept(value)
+        return output, value
+
+
+class _Remembered(Call):
+    """A call that was made before: nothing runs."""
+
+    def __init__(self, call: Call, output: _Kept, value: _Kept | None) -> None:
+        super().__init__(**vars(call))
+        self._output, self._value = output, value
+
+    def full(self) -> tuple[Any, torch.Tensor]:
+        assert self._value is not None  # the same steps are key steps in every variant
+        return self._output.copy(), self._value.copy()
+
+    def predicted(self, value: torch.Tensor) -> Any:
+        return self._output.copy()

@@ -1,0 +1,290 @@
+"""Cost tensor -> best key steps, for every budget at once.
+
+The cost of a hop from key step j to the next one k depends on the key step i before j, so the shortest path is found
+over *pairs* of key steps (i, j). Keeping one predecessor per step, as the recurrence in the paper does, can miss it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dpcache.errors import InfeasibleBudgetError
+
+Array = npt.NDArray[np.float64]
+#: What a path costs: the sum of its hops, or the largest of them.
+Objective = Literal["sum", "max"]
+_TOGETHER: dict[Objective, np.ufunc] = {"sum": np.add, "max": np.maximum}
+#: So many numbers are worked on at once: they stay in a processor's cache, and small problems take one call of numpy.
+_AT_ONCE = 2**15
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The cheapest path for one budget.
+
+    Attributes:
+        key_steps: the steps to compute in full, increasing, the first is 0.
+        cost: of the path, the final hop to step T included: sum (or largest) of the cost tensor along it, in its unit.
+    """
+
+    key_steps: tuple[int, ...]
+    cost: float
+
+
+def plan(
+    cost: npt.ArrayLike,
+    num_key_steps: int,
+    *,
+    first_key_steps: int = 3,
+    last_key_steps: int = 0,
+    max_gap: int | None = None,
+    objective: Objective = "sum",
+    banded: bool = False,
+) -> Plan:
+    """Best plan with exactly `num_key_steps` key steps. Exact: no other choice of key steps costs less.
+
+    Args:
+        cost: [T, T+1, T+1] or [T+1, T+1, T+1], indexed [i, j, k] (see `dpcache.plan.costs`); infinite entries are
+            forbidden hops. The first hop, from step 0 to k, costs `cost[0, 0, k]`.
+        num_key_steps: K, 1 <= K <= T.
+        first_key_steps: steps 0 .. first_key_steps - 1 are key steps.
+        last_key_steps: steps T - last_key_steps .. T - 1 are key steps.
+        max_gap: largest allowed k - j, the final hop to T included; None for no limit.
+        objective: what to make least, the `"sum"` of the costs of all hops or the largest of them, `"max"`.
+        banded: `cost` is [T, W+1, W+1], indexed [j, j - i, k - j], and says nothing of gaps beyond W, which are
+            forbidden (see `band`). At T = 1000 and W = 64 it takes 34 MB; the whole tensor would take 8 GB.
+
+    Raises:
+        InfeasibleBudgetError: no plan with K key steps satisfies the constraints; the message says which K does.
+        ValueError: an argument out of range, or a cost tensor of the wrong shape or with NaN.
+    """
+    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective, banded)
+    if not 1 <= num_key_steps <= search.steps:
+        raise ValueError(f"num_key_steps must be from 1 to the number of steps ({search.steps}), got {num_key_steps}.")
+    search.run(num_key_steps)
+    if found := search.best([num_key_steps]):
+        return found[num_key_steps]
+    raise InfeasibleBudgetError(_infeasible_message(num_key_steps, search))
+
+
+def plan_all(
+    cost: npt.ArrayLike,
+    *,
+    first_key_steps: int = 3,
+    last_key_steps: int = 0,
+    max_gap: int | None = None,
+    objective: Objective = "sum",
+    banded: bool = False,
+    max_key_steps: int | None = None,
+) -> dict[int, Plan]:
+    """Best plan for every feasible number of key steps, in one pass.
+
+    Takes O(K T W^2) time and O(K T W) memory, W the longest gap allowed and K the most key steps.
+
+    Args:
+        cost: as in `plan`, like what follows it.
+        first_key_steps: as in `plan`.
+        last_key_steps: as in `plan`.
+        max_gap: as in `plan`.
+        objective: as in `plan`.
+        banded: as in `plan`.
+        max_key_steps: largest number of key steps to plan for; None for all up to T.
+
+    Returns:
+        {K: Plan} for every feasible K, increasing; empty where the constraints leave none.
+
+    Raises:
+        ValueError: an argument out of range, or a cost tensor of the wrong shape or with NaN.
+    """
+    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective, banded)
+    if max_key_steps is not None and max_key_steps < 1:
+        raise ValueError(f"max_key_steps must be 1 or more, or None for no limit, got {max_key_steps}.")
+    most = min(max_key_steps or search.steps, search.steps)
+    search.run(most)
+    return search.best(range(1, most + 1))
+
+
+def band(cost: npt.ArrayLike, max_gap: int) -> Array:
+    """What a cost tensor says of gaps up to W = `max_gap`, for `plan(..., banded=True)`.
+
+    Args:
+        cost: [T, T+1, T+1] or [T+1, T+1, T+1], indexed [i, j, k].
+        max_gap: W, 1 or more.
+
+    Returns:
+        float64 [T, W+1, W+1], indexed [j, j - i, k - j]: the cost of going on from key step j, the one before it a gap
+        back, to the next key step or the end a gap ahead. Infinite where there is no such step i or k. Gap j - i = 0
+        is of the first key step alone.
+
+    Raises:
+        ValueError: a gap below 1, or a cost tensor of the wrong shape or with NaN.
+    """
+    if max_gap < 1:
+        raise ValueError(f"max_gap must be 1 or more, got {max_gap}.")
+    table = _validated(cost)
+    steps = table.shape[1] - 1
+    width = min(max_gap, steps)
+    j, gap, ahead = np.ogrid[:steps, : width + 1, : width + 1]
+    i, k = j - gap, j + ahead
+    hop: Array = table[np.maximum(i, 0), j, np.minimum(k, steps)]
+    hop[np.broadcast_to(~_exists(steps, width), hop.shape)] = np.inf
+    return hop
+
+
+def _exists(steps: int, width: int) -> npt.NDArray[np.bool_]:
+    """[T, W+1, W+1]: whether a hop from j, so far from the key step before it and so far ahead, is between steps."""
+    j, gap, ahead = np.ogrid[:steps, : width + 1, : width + 1]
+    exists: npt.NDArray[np.bool_] = (gap <= j) & ((gap > 0) | (j == 0)) & (ahead > 0) & (j + ahead <= steps)
+    return exists
+
+
+class _Search:
+    """Shortest paths by number of key steps, over states (key step j, gap g = j - i to the one before it).
+
+    Gaps rather than predecessors index the state, so that a gap limit W shrinks the tables: T x W states, T x W x W
+    hops. `hop[j, g, h]` is the cost of going on from state (j, g) to key step j + h, and `value[j, g, m-1]` the least
+    cost of m key steps that end in state (j, g). Gap 0 belongs to the first key step alone.
+    """
+
+    def __init__(
+        self, cost: npt.ArrayLike, first: int, last: int, max_gap: int | None, objective: Objective, banded: bool
+    ) -> None:
+        if objective not in _TOGETHER:
+            raise ValueError(f'objective must be "sum" or "max", got {objective!r}.')
+        self.together = _TOGETHER[objective]
+        table = _validated_band(cost) if banded else _validated(cost)
+        self.steps = table.shape[0] if banded else table.shape[1] - 1
+        self.first, self.last, self.max_gap = first, last, max_gap
+        for name, value in (("first_key_steps", first), ("last_key_steps", last)):
+            if not 0 <= value <= self.steps:
+                raise ValueError(f"{name} must be from 0 to the number of steps ({self.steps}), got {value}.")
+        if max_gap is not None and max_gap < 1:
+            raise ValueError(f"max_gap must be 1 or more, or None for no limit, got {max_gap}.")
+        self.hop = self._hops(table, banded)
+
+    def _hops(self, table: Array, banded: bool) -> Array:
+        """[T, W+1, W+1] hop costs, W the longest hop that is allowed anywhere."""
+        j, k = np.arange(self.steps)[:, None], np.arange(self.steps + 1)
+        # A hop may not jump over a step that is forced to be a key step.
+        allowed = (k == j + 1) | ((j >= self.first - 1) & (k > j) & (k <= self.steps - self.last))
+        if not banded:
+            allowed &= np.isfinite(table[: self.steps, : self.steps]).any(axis=0)
+        widest = int((k - j)[allowed].max(initial=1))
+        width = min(widest, self.max_gap or widest, table.shape[2] - 1)
+        hop = table[:, : width + 1, : width + 1].copy() if banded else band(table, width)
+        gap = np.arange(width + 1)
+        ahead = allowed[j, np.minimum(j + gap, self.steps)]
+        hop[~(_exists(self.steps, width) & ahead[:, None])] = np.inf
+        return hop
+
+    def run(self, max_keys: int) -> None:
+        """Fills `value`: the states of one step after another, for all numbers of key steps at once."""
+        width = self.hop.shape[2] - 1
+        self.value = np.full((self.steps, width + 1, max_keys), np.inf)
+        self.value[0, 0, 0] = 0.0
+        for j in range(self.steps - 1):
+            # At j lie paths of at most j + 1 key steps; those of max_keys go nowhere but to the end.
+            keys = min(j + 1, max_keys - 1)
+            gaps, ahead = min(j, width) + 1, np.arange(1, min(width, self.steps - 1 - j) + 1)
+            onward = self._least(self.value[j, :gaps, :keys], self.hop[j, :gaps, 1 : len(ahead) + 1])
+            self.value[j + ahead, ahead, 1 : keys + 1] = onward
+
+    def _least(self, value: Array, hop: Array) -> Array:
+        """[hops, keys]: the least over gaps of value[gaps, keys] and hop[gaps, hops] together."""
+        gaps, keys = value.shape
+        hops = hop.shape[1]
+        least = np.full((hops, keys), np.inf)
+        if gaps * hops * keys <= _AT_ONCE:
+            np.min(self.together(value[:, None, :], hop[:, :, None]), axis=0, initial=np.inf, out=least)
+            return least
+        together = np.empty_like(least)
+        for so_far, on in zip(value, hop, strict=True):
+            self.together(so_far, on[:, None], out=together)
+            np.minimum(least, together, out=least)
+        return least
+
+    def best(self, budgets: Sequence[int]) -> dict[int, Plan]:
+        """The best path of every feasible budget, read backwards through the table, all budgets together."""
+        width = self.hop.shape[2] - 1
+        from_j = np.arange(max(self.steps - width, 0), self.steps)
+        final = self.hop[from_j, :, self.steps - from_j]  # [j, g]
+        keys = np.asarray(budgets)
+        total = self.together(self.value[from_j][:, :, keys - 1], final[:, :, None]).reshape(-1, len(keys))
+        arrival = total.argmin(axis=0)
+        costs = total[arrival, np.arange(len(keys))]
+        feasible = np.isfinite(costs)
+        keys, costs, arrival = keys[feasible], costs[feasible], arrival[feasible]
+        step, gap = from_j[arrival // (width + 1)], arrival % (width + 1)
+        paths = np.empty((len(keys), keys.max(initial=0)), dtype=np.int64)
+        for passed in range(paths.shape[1]):
+            on = np.flatnonzero(keys > passed)  # paths that have not come to their first key step yet
+            paths[on, keys[on] - 1 - passed] = step[on]
+            on = np.flatnonzero(keys > passed + 1)
+            step[on], hop = step[on] - gap[on], gap[on]
+            earlier = self.value[step[on], :, keys[on] - 2 - passed]
+            gap[on] = self.together(earlier, self.hop[step[on], :, hop]).argmin(axis=1)
+        return {
+            int(k): Plan(tuple(path[:k].tolist()), float(cost))
+            for k, path, cost in zip(keys, paths, costs, strict=True)
+        }
+
+    def feasible(self) -> list[int]:
+        """Every feasible number of key steps. Bit m of `reached[j][g]`: m key steps can end in state (j, g)."""
+        width = self.hop.shape[2] - 1
+        open_hops = np.isfinite(self.hop)
+        reached = [[0] * (width + 1) for _ in range(self.steps)]
+        reached[0][0] = 0b10
+        ended = 0
+        for j, states in enumerate(reached):
+            for g in filter(states.__getitem__, range(width + 1)):
+                for h in np.flatnonzero(open_hops[j, g]).tolist():
+                    if j + h == self.steps:
+                        ended |= states[g]
+                    else:
+                        reached[j + h][h] |= states[g] << 1
+        return [m for m in range(1, self.steps + 1) if ended >> m & 1]
+
+
+def _validated(cost: npt.ArrayLike) -> Array:
+    table = np.asarray(cost, dtype=np.float64)
+    size = table.shape[-1] if table.ndim else 0
+    if table.shape not in ((size - 1, size, size), (size, size, size)):
+        raise ValueError(f"cost must have shape [T, T+1, T+1] or [T+1, T+1, T+1], got {list(table.shape)}.")
+    if size < 2:
+        raise ValueError("cost must cover at least one step.")
+    return _without_nan(table)
+
+
+def _validated_band(cost: npt.ArrayLike) -> Array:
+    table = np.asarray(cost, dtype=np.float64)
+    if table.ndim != 3 or table.shape[1] != table.shape[2] or not 2 <= table.shape[1] <= table.shape[0] + 1:
+        raise ValueError(f"a banded cost must have shape [T, W+1, W+1] with 1 <= W <= T, got {list(table.shape)}.")
+    return _without_nan(table)
+
+
+def _without_nan(table: Array) -> Array:
+    # The least of them is NaN where any is: one pass, and no copy of what may be large.
+    if not table.min() > -np.inf:
+        raise ValueError("cost must hold no NaN and no negative infinity; forbidden hops are +infinity.")
+    return table
+
+
+def _infeasible_message(num_key_steps: int, search: _Search) -> str:
+    feasible = search.feasible()
+    constraints = (
+        f"first_key_steps={search.first}, last_key_steps={search.last}, max_gap={search.max_gap} "
+        f"over {search.steps} steps"
+    )
+    if not feasible:
+        return (
+            f"no number of key steps is feasible with {constraints}: raise max_gap, or raise first_key_steps where the "
+            "cost tensor only allows consecutive key steps at the start."
+        )
+    return (
+        f"{num_key_steps} key steps are infeasible with {constraints}: the smallest feasible number is {feasible[0]}"
+        + (f" and the largest {feasible[-1]}." if num_key_steps > feasible[0] else ".")
+        + " Change num_key_steps or relax the constraints."
+    )

@@ -1,0 +1,78 @@
+"""Plans from one calibration for whatever grids a pipeline is called with, each made when the grid is first met."""
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from dpcache.errors import GridError
+from dpcache.plan.grids import NoiseGrid
+from dpcache.plan.schedule import Schedule
+
+from .adaptive import Guide
+from .schedulers import noise_grid, noise_levels, prediction_type
+
+if TYPE_CHECKING:
+    from dpcache.measure.calibration import Calibration
+
+_JUDGED = ("predictor", "order", "measured", "power")
+
+
+class Plans:
+    """Schedules from one calibration.
+
+    Args:
+        calibration: what to plan from.
+        settings: of `Calibration.plan`. A loop with no more steps than `num_key_steps` is computed in full.
+        adaptive: whether generations may leave the schedule (see `dpcache.run.adaptive`).
+        watched: whether errors at key steps are compared with those of the calibration.
+
+    Raises:
+        CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan` on the calibration's own grid.
+        TypeError: a setting that adaptive plans do not have.
+    """
+
+    def __init__(
+        self, calibration: "Calibration", settings: dict[str, Any], *, adaptive: bool = False, watched: bool = False
+    ) -> None:
+        self.calibration, self.settings = calibration, settings
+        self._adaptive, self._watched = adaptive, watched
+        if adaptive and (fixed := set(settings) - {"num_key_steps", "speedup", "max_error", *_JUDGED}):
+            raise TypeError(f"adaptive plans have no {', '.join(sorted(fixed))}: leave it out, or adaptive=True.")
+        #: For the grid that was recorded.
+        self.own = self._planned(calibration)
+        self._known: dict[tuple[float, ...], tuple[Schedule, Guide | None]] = {}
+
+    def on(self, scheduler: Any, start: int) -> tuple[Schedule, Guide | None]:
+        """The schedule for a loop of this scheduler that begins at this step of its grid, and what watches over it.
+
+        Raises:
+            GridError: as `Calibration.on_grid`.
+        """
+        levels = noise_levels(scheduler, start)
+        if levels is None:
+            raise GridError(
+                f"the noise levels of {type(scheduler).__name__} are not known: give dpcache.enable a schedule, "
+                "planned from a calibration with this scheduler and number of steps."
+            )
+        if levels not in self._known:
+            recorded = self.calibration.grid
+            same = recorded is not None and recorded.is_same(NoiseGrid(np.array(levels), prediction_type(scheduler)))
+            kind = type(scheduler).__name__ == self.calibration.facts.scheduler
+            self._known[levels] = (
+                self.own
+                if same and kind
+                else self._planned(self.calibration.on_grid(scheduler=noise_grid(scheduler, start)))
+            )
+        return self._known[levels]
+
+    def _planned(self, calibration: "Calibration") -> tuple[Schedule, Guide | None]:
+        steps, settings = calibration.facts.num_inference_steps, dict(self.settings)
+        for name in ("num_key_steps", "speedup"):
+            if settings.get(name) is not None:
+                settings[name] = min(settings[name], steps)
+        schedule = calibration.plan(**settings)
+        if not self._adaptive and not self._watched:
+            return schedule, None
+        judged = {name: settings[name] for name in _JUDGED if name in settings}
+        guide = Guide(calibration, schedule, judged, self._adaptive)
+        return guide.start, guide

@@ -1,0 +1,1 @@
+"""Plans tried for real, the best one kept."""

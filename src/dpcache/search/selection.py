@@ -1,0 +1,409 @@
+"""Which plan is best in truth: candidates are run on inputs that they were not fitted to, tuned, and the best is kept.
+
+No single way of planning wins on every model, but trying one is cheap: a run with K key steps costs K full calls.
+"""
+
+import itertools
+import math
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm.auto import tqdm
+
+from dpcache.errors import CalibrationError, InfeasibleBudgetError
+from dpcache.files.journal import Journal, digest
+from dpcache.measure.calibration import Calibration, Method, PredictorName
+from dpcache.measure.measuring import TRIAL_SEED, calibrate
+from dpcache.measure.trials import Trial, average_error
+from dpcache.plan.planner import Objective
+from dpcache.plan.schedule import Boundary, Schedule
+from dpcache.run.cache import require_disabled
+from dpcache.run.inputs import Input, call_arguments, seeded
+
+from .tuning import RIDGES, Direction, directions, normal_equations, proposals
+
+#: Of the inputs of `optimize`, the share that is calibrated and tuned on; the candidates are judged on the others.
+FITTED_SHARE = 0.6
+#: So many candidates are run in all trials and tuned, however badly one of them fares in the first.
+FINALISTS = 3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """One way to plan.
+
+    Attributes:
+        predictor: what predicts (see `Calibration.predictor`).
+        order: its order.
+        measured: what of the measured sensitivity to believe, 0 to 1 (see `Calibration.weights`).
+        method: how errors are judged (see `Calibration.cost`).
+        power: of errors in the cost (see `costs.sampler_cost`).
+        objective: what is made least, the sum over the hops or the largest.
+        first_key_steps: steps forced at the beginning; None as many as the method wants.
+        last_key_steps: steps forced at the end.
+    """
+
+    predictor: PredictorName = "taylor"
+    order: int = 2
+    measured: float | None = None
+    method: Method = "sampler"
+    power: float = 2.0
+    objective: Objective = "sum"
+    first_key_steps: int | None = None
+    last_key_steps: int = 0
+
+    def __str__(self) -> str:
+        parts = [f"{self.predictor} of order {self.order}, {self.method} cost"]
+        if self.measured is not None:
+            parts.append(f"{self.measured:.0%} of the measured sensitivity")
+        if self.power != 2:
+            parts.append(f"errors to the power {self.power:g}")
+        if self.objective != "sum":
+            parts.append("least largest hop")
+        if self.first_key_steps is not None:
+            parts.append(f"{self.first_key_steps} forced at the start")
+        if self.last_key_steps:
+            parts.append(f"{self.last_key_steps} forced at the end")
+        return ", ".join(parts)
+
+
+_PREDICTORS: tuple[tuple[PredictorName, int], ...] = (("taylor", 1), ("taylor", 2), ("fitted", 2))
+RECIPES = (
+    *(Recipe(name, order, share) for share, (name, order) in itertools.product((0.25, 0.5, 0.75, 0.0), _PREDICTORS)),
+    Recipe("taylor", 3, 0.5),
+    Recipe("fitted", 1, 0.5),
+    Recipe("taylor", 2, 0.5, objective="max"),
+)
+"""What `select` and `optimize` try; what was not measured is left out."""
+
+
+def optimize(
+    pipeline: Any,
+    inputs: Sequence[Input],
+    *,
+    num_inference_steps: int = 50,
+    num_key_steps: int = 13,
+    boundary: Boundary = "blocks",
+    num_trials: int = 8,
+    tune: int = 2,
+    polish: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: "str | os.PathLike[str] | None" = None,
+    **arguments: Any,
+) -> Schedule:
+    """Calibrates, plans, selects and tunes: the best schedule for a pipeline, in one call.
+
+    Costs one full run for every input, some 25 to measure what comes of errors (see `calibrate`), and what `select`
+    says.
+
+    Args:
+        pipeline: a diffusers pipeline.
+        inputs: prompts, or dicts of arguments of the pipeline's call; five or more are better than one. The first 60 %
+            are calibrated and tuned on, candidates are judged on the others; a single one serves for both, from
+            different noise.
+        num_inference_steps: T of the pipeline's call.
+        num_key_steps: K, the steps to compute in full.
+        boundary: what to cache and predict (see `calibrate`).
+        num_trials: as in `select`.
+        tune: as in `select`.
+        polish: as in `select`.
+        seed: of the noise.
+        progress: show progress bars.
+        checkpoint: a directory that keeps what was measured: called again with it, the rest is done.
+        arguments: further arguments of every call; an input's own win.
+
+    Raises:
+        CalibrationError, UnsupportedPipelineError, CacheStateError: as `calibrate`.
+        InfeasibleBudgetError: no schedule has that many key steps.
+    """
+    call_arguments(inputs, {})  # says what is wrong with them, if anything is
+    fitted = math.ceil(FITTED_SHARE * len(inputs))
+    calibration = calibrate(
+        pipeline,
+        inputs[:fitted],
+        num_inference_steps=num_inference_steps,
+        boundary=boundary,
+        sensitivity="measured",
+        seed=seed,
+        progress=progress,
+        checkpoint=checkpoint,
+        **arguments,
+    )
+    return select(
+        pipeline,
+        calibration,
+        num_key_steps,
+        inputs=inputs[fitted:] or inputs,
+        fitting_inputs=inputs[:fitted],
+        num_trials=num_trials,
+        tune=tune,
+        polish=polish,
+        seed=seed,
+        progress=progress,
+        checkpoint=Path(checkpoint) / f"select-{num_key_steps}.jsonl" if checkpoint is not None else None,
+        **{"num_inference_steps": num_inference_steps, **arguments},
+    )
+
+
+def select(
+    pipeline: Any,
+    calibration: Calibration,
+    num_key_steps: int,
+    *,
+    inputs: Sequence[Input] | None = None,
+    fitting_inputs: Sequence[Input] | None = None,
+    recipes: Sequence[Recipe] = RECIPES,
+    num_trials: int = 8,
+    tune: int = 2,
+    polish: int = 0,
+    seed: int = 0,
+    progress: bool = True,
+    checkpoint: "str | os.PathLike[str] | None" = None,
+    **arguments: Any,
+) -> Schedule:
+    """The schedule that is best when really run, among plans by several recipes, with its coefficients tuned.
+
+    Every candidate is run in the first two trials; the better half of them goes on to the next, down to three. These
+    are tuned: what a change of each hop's prediction does to the final sample is measured in as many further trials,
+    solved by least squares, and kept if it lowers the error in the first ones, which it was not fitted to (see
+    `dpcache.search.tuning`). Deterministic.
+
+    With n candidates and m trials that takes 2 m full runs, fewer than 3 n + 3 m runs with K full calls to select, and
+    to tune at most m K / 2 + 4 m of them for each finalist and each further round.
+
+    Args:
+        pipeline: the pipeline that was calibrated.
+        calibration: what to plan from.
+        num_key_steps: K.
+        inputs: what to judge on, best other inputs than were calibrated on; those of the calibration unless given.
+            Their noise is other in any case.
+        fitting_inputs: what to tune on; those of the calibration unless given. Their noise is other again.
+        recipes: how the candidates are planned.
+        num_trials: how many runs to judge by, and how many to tune on, at least; with fewer inputs they are repeated
+            with other noise.
+        tune: rounds of tuning; 0 leaves the coefficients as planned.
+        polish: how many further runs with K full calls may be spent, before tuning, on moving single key steps of the
+            best plan, each move kept if it lowers the error over all trials.
+        seed: of the noise.
+        progress: show a progress bar.
+        checkpoint: a file that keeps every result: called again with it, only what is missing is run.
+        arguments: of every call, beside inputs that are given; `num_inference_steps` is that of the calibration unless
+            given.
+
+    Returns:
+        the best schedule, its measured error in `error`.
+
+    Raises:
+        CalibrationError: no inputs, or none that a file could keep; no recipes.
+        FileFormatError: the checkpoint is of another search.
+        InfeasibleBudgetError: no schedule has that many key steps.
+        CacheStateError, UnsupportedPipelineError: as `calibrate`.
+    """
+    require_disabled(pipeline)
+    candidates = _candidates(calibration, num_key_steps, recipes)
+    defaults = {
+        "num_inference_steps": calibration.facts.num_inference_steps,
+        "output_type": "latent",
+        **arguments,
+    }
+    judging = call_arguments(_known(inputs, calibration), defaults)
+    fitting = call_arguments(_known(fitting_inputs, calibration), defaults)
+    about = [judging, fitting, seed, calibration.facts.model_dump(), calibration.gram.tobytes().hex()[:64]]
+    journal = Journal(checkpoint, about)
+    most = _most_runs(len(candidates), len(judging), len(fitting), num_key_steps, num_trials, tune, polish)
+    with tqdm(desc="select", unit="run", total=most, disable=not progress) as bar:
+        search = _Search(
+            calibration,
+            _trials(pipeline, judging, num_trials, TRIAL_SEED + seed, journal, "judging", bar.update),
+            _trials(pipeline, fitting, num_trials, 2 * TRIAL_SEED + seed, journal, "fitting", bar.update),
+        )
+        finalists = search.halved(candidates)
+        finalists = [search.polished(finalists[0], polish), *finalists[1:]]
+        if tune:
+            finalists = [search.tuned(finalist) for finalist in finalists]
+        best = min(finalists, key=_Candidate.average)
+        for _ in range(tune - 1):
+            best = search.tuned(best)
+        bar.total = bar.n  # most of what a journal knows, or nothing improves on, is not run
+    source = f"best of {len(candidates)} plans in {len(search.judging)} trials{best.tuned}: {best.recipe}"
+    return best.schedule.model_copy(update={"error": best.average(), "expected_error": None, "source": source})
+
+
+@dataclass
+class _Candidate:
+    schedule: Schedule
+    recipe: Recipe
+    #: In every trial so far (see `Trial.error`).
+    errors: list[float] = field(default_factory=list)
+    tuned: str = ""
+
+    def average(self) -> float:
+        return average_error(self.errors)
+
+
+class _Remembered:
+    """A trial whose results are kept in a journal."""
+
+    def __init__(self, trial: Trial, journal: Journal, name: str, on_run: Callable[[], object]) -> None:
+        self._trial, self._journal, self._name, self._on_run = trial, journal, name, on_run
+
+    def error(self, schedule: Schedule) -> float:
+        def measure() -> float:
+            found = self._full().error(schedule)
+            self._on_run()
+            return found
+
+        return float(self._journal.get(f"{self._name}: error of {_name(schedule)}", measure))
+
+    def equations(self, schedule: Schedule, ways: Sequence[Direction]) -> tuple[Any, Any]:
+        def measure() -> list[Any]:
+            found = normal_equations(self._full(), schedule, ways, self._on_run)
+            return [part.tolist() for part in found]
+
+        matrix, vector = self._journal.get(f"{self._name}: equations of {_name(schedule)}", measure)
+        return np.array(matrix), np.array(vector)
+
+    def _full(self) -> Trial:
+        if not hasattr(self._trial, "full"):
+            self._trial.run_in_full()
+            self._on_run()
+        return self._trial
+
+
+@dataclass
+class _Search:
+    calibration: Calibration
+    judging: list[_Remembered]
+    fitting: list[_Remembered]
+
+    def halved(self, candidates: list[_Candidate]) -> list[_Candidate]:
+        """The few that are best in all trials, the best first; the others were run in fewer."""
+        kept = candidates
+        for number, trial in enumerate(self.judging):
+            for candidate in kept:
+                candidate.errors.append(trial.error(candidate.schedule))
+            kept = sorted(kept, key=_Candidate.average)
+            if number:
+                kept = kept[: max(FINALISTS, math.ceil(len(kept) / 2))]
+        return kept[:FINALISTS]
+
+    def judged(self, candidate: _Candidate) -> _Candidate:
+        candidate.errors = [trial.error(candidate.schedule) for trial in self.judging]
+        return candidate
+
+    def polished(self, best: _Candidate, runs: int) -> _Candidate:
+        """The candidate, or one with some of its key steps moved, if that is better in all trials."""
+        for candidate in _moves(best, self.calibration, runs // len(self.judging)):
+            best = min(best, self.judged(candidate), key=_Candidate.average)
+        return best
+
+    def tuned(self, best: _Candidate) -> _Candidate:
+        """The candidate, or one with tuned coefficients, if that is better in the trials it was not fitted to."""
+        ways = directions(best.schedule, self.calibration)
+        if not ways:
+            return best
+        equations = [trial.equations(best.schedule, ways) for trial in self.fitting]
+        for schedule in proposals(best.schedule, ways, equations):
+            tuned = self.judged(_Candidate(schedule, best.recipe, tuned=f", tuned in {len(self.fitting)} more"))
+            best = min(best, tuned, key=_Candidate.average)
+        return best
+
+
+def _known(inputs: Sequence[Input] | None, calibration: Calibration) -> Sequence[Input]:
+    if inputs is not None:
+        return inputs
+    if calibration.facts.calls is None:
+        raise CalibrationError(
+            "this calibration does not know its inputs, for there was more among them than text and numbers: pass "
+            "some, select(pipe, calibration, num_key_steps, inputs=[...], fitting_inputs=[...])."
+        )
+    return calibration.facts.calls
+
+
+def _trials(
+    pipeline: Any,
+    calls: Sequence[dict[str, Any]],
+    least: int,
+    seed: int,
+    journal: Journal,
+    kind: str,
+    on_run: Callable[[], object],
+) -> list[_Remembered]:
+    repeated = list(calls) * math.ceil(least / len(calls))
+    return [
+        _Remembered(Trial(pipeline, seeded(pipeline, call, seed + number)), journal, f"{kind} {number}", on_run)
+        for number, call in enumerate(repeated)
+    ]
+
+
+def _most_runs(
+    candidates: int, judging: int, fitting: int, num_key_steps: int, num_trials: int, tune: int, polish: int
+) -> int:
+    """About how many runs `select` makes at most, in full, cached or in part, so that its bar has an end."""
+    judged, fitted = (inputs * math.ceil(num_trials / inputs) for inputs in (judging, fitting))
+    kept, tried = candidates, 0
+    for number in range(judged):
+        tried += kept
+        kept = max(min(kept, FINALISTS), math.ceil(kept / 2)) if number else kept
+    rounds = min(candidates, FINALISTS) + tune - 1 if tune else 0
+    per_round = fitted * (1 + num_key_steps) + len(RIDGES) * judged
+    return judged + tried + polish + (fitted + rounds * per_round if tune else 0)
+
+
+def _name(schedule: Schedule) -> str:
+    return digest(schedule.model_dump(mode="json", include={"key_steps", "predictions", "corrections", "boundary"}))
+
+
+def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[Recipe]) -> list[_Candidate]:
+    """Every different plan, with the recipe that gave it first."""
+    found: dict[Any, _Candidate] = {}
+    infeasible: Exception = CalibrationError(
+        'there are no recipes to select from, or only such as need a calibration with sensitivity="measured".'
+    )
+    for recipe in recipes:
+        if recipe.measured and not calibration.is_measured:
+            continue
+        try:
+            schedule = calibration.plan(num_key_steps, **vars(recipe))
+        except InfeasibleBudgetError as error:
+            infeasible = error
+        else:
+            key = (schedule.key_steps, schedule.predictor, schedule.order)
+            found.setdefault(key, _Candidate(schedule, recipe))
+    if not found:
+        raise infeasible
+    return list(found.values())
+
+
+def _moves(best: _Candidate, calibration: Calibration, count: int) -> Iterator[_Candidate]:
+    """At most `count` candidates, each with one key step moved by one or two from the best known by then.
+
+    The one that receives them measures each before it asks for the next.
+    """
+    tried = {best.schedule.key_steps}
+    while count:
+        keys = best.schedule.key_steps
+        moved = [
+            tuple(sorted({*keys[:place], key + way, *keys[place + 1 :]}))
+            for way in (1, -1, 2, -2)
+            for place, key in enumerate(keys)
+        ]
+        last = best.schedule.num_inference_steps - 1
+        fresh = [m for m in moved if len(m) == len(keys) and m[0] == 0 and m[-1] <= last and m not in tried]
+        if not fresh:
+            return
+        for steps in fresh:
+            tried.add(steps)
+            candidate = _Candidate(calibration.schedule(steps, best.recipe.predictor, best.recipe.order), best.recipe)
+            yield candidate
+            count -= 1
+            if not count:
+                return
+            if candidate.average() < best.average():
+                best = candidate
+                break
