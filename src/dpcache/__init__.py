@@ -30,10 +30,13 @@ if TYPE_CHECKING:
     from .measure.calibration import Calibration
     from .measure.measuring import calibrate
     from .measure.paper import paper_cost
+    from .measure.plain import recording
     from .plan.planner import Plan, plan, plan_all
     from .plan.schedule import Schedule
-    from .run.cache import Stats, disable, enable, enabled, stats
+    from .run.follower import Stats
     from .run.layouts import register_denoiser
+    from .run.pipelines import disable, enable, enabled, stats
+    from .run.plain import following
     from .search.selection import Recipe, optimize, select
     from .zoo import load_pipeline
 
@@ -59,23 +62,25 @@ _HOME = {
     "Sample": "judge.comparison",
     "Schedule": "plan.schedule",
     "ScheduleMismatchError": "errors",
-    "Stats": "run.cache",
+    "Stats": "run.follower",
     "UnknownModelError": "errors",
     "UnsupportedPipelineError": "errors",
     "calibrate": "measure.measuring",
     "compare": "judge.comparison",
     "compare_all": "judge.comparison",
-    "disable": "run.cache",
-    "enable": "run.cache",
-    "enabled": "run.cache",
+    "disable": "run.pipelines",
+    "enable": "run.pipelines",
+    "enabled": "run.pipelines",
+    "following": "run.plain",
     "load_pipeline": "zoo",
     "optimize": "search.selection",
     "paper_cost": "measure.paper",
     "plan": "plan",
     "plan_all": "plan.planner",
+    "recording": "measure.plain",
     "register_denoiser": "run.layouts",
     "select": "search.selection",
-    "stats": "run.cache",
+    "stats": "run.pipelines",
 }
 
 __all__ = [  # noqa: RUF022 - in the order of use
@@ -90,6 +95,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "enabled",
     "disable",
     "stats",
+    "following",
+    "recording",
     "Stats",
     "compare",
     "compare_all",

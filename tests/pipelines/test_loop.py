@@ -10,14 +10,15 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import dpcache
-from dpcache.measure.recording import _Recorder
+from dpcache.measure.recording import Recording
 from dpcache.plan.schedule import Boundary
 from dpcache.run import boundary as boundary_module
 from dpcache.run import sums
 from dpcache.run.denoisers import find_feeders
+from dpcache.run.entry import entered
 from dpcache.run.layouts import BLOCK_STACKS
+from dpcache.run.loop import _position
 from dpcache.run.packing import take_apart
-from dpcache.run.watch import Watch, _position
 from tests.pipelines.every import SMALL
 from tests.pipelines.test_table import Spy, Subject, same
 
@@ -79,13 +80,12 @@ def test_nothing_of_ours_waits_for_the_device(name: str, boundary: str, offload:
 @pytest.mark.parametrize(("name", "boundary"), LOOPS)
 def test_recording_does_not_wait_either(name: str, boundary: Boundary) -> None:
     recorded = subject(name, boundary)
-    recorder = _Recorder(lambda step: None)
-    watch = Watch(recorded.pipe, boundary, recorder)
-    with NoWaiting() as mode:
+    recording = Recording()
+    with entered(recorded.pipe, boundary, recording), NoWaiting() as mode:
         assert same(recorded.draw(), recorded.plain)
-    watch.close()
-    recorder.finish()
-    assert mode.operations and len(recorder.run.influence) == recorder.run.num_steps
+    run = recording.run()
+    assert run is not None
+    assert mode.operations and len(run.influence) == run.num_steps
 
 
 def test_waiting_would_be_noticed() -> None:

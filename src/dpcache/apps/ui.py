@@ -16,9 +16,8 @@ import torch
 
 from dpcache.errors import DPCacheError, missing_extra
 from dpcache.judge.metrics import Picture, psnr, ssim
-from dpcache.measure.recording import quiet
-from dpcache.run.cache import enabled, stats
-from dpcache.run.inputs import Input, call_arguments, label, seeded
+from dpcache.run.inputs import Input, call_arguments, label, quiet, seeded
+from dpcache.run.pipelines import enabled, stats
 
 try:
     import gradio as gr

@@ -11,8 +11,8 @@ import torch
 from dpcache.errors import CalibrationError
 from dpcache.measure.recording import RecordedRun
 from dpcache.plan.schedule import Schedule, Term
+from dpcache.run.loop import Branch
 from dpcache.run.sums import weighted_sum, with_correction
-from dpcache.run.watch import Branch
 
 #: A noise level is a planned one if it is nearer than this share of the way to the next.
 _SAME_LEVEL = 0.25

@@ -145,7 +145,7 @@ class Worker:
         try:
             self.pipeline = _load(model)
             if schedule is not None:
-                from dpcache.run.cache import enable
+                from dpcache.run.pipelines import enable
 
                 enable(self.pipeline, schedule)
         except Exception as error:
@@ -214,7 +214,7 @@ class Worker:
             self.folder.save(job, picture, facts)
 
     def _full_calls(self) -> int:
-        from dpcache.run.cache import stats
+        from dpcache.run.pipelines import stats
 
         return stats(self.pipeline).full_calls if self.follows else 0
 
@@ -223,7 +223,7 @@ class Worker:
         if not self.follows:
             steps = arguments.get("num_inference_steps")
             return {"full_calls": None, "num_inference_steps": steps, "num_key_steps": steps}
-        from dpcache.run.cache import stats
+        from dpcache.run.pipelines import stats
 
         ran = stats(self.pipeline)
         return {

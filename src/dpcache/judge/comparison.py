@@ -12,11 +12,10 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from dpcache.errors import UnsupportedPipelineError
-from dpcache.measure.recording import quiet
 from dpcache.plan.schedule import Schedule
-from dpcache.run.cache import enabled, require_disabled
 from dpcache.run.denoisers import find_blocks, find_denoisers
-from dpcache.run.inputs import Input, call_arguments, label, seeded
+from dpcache.run.inputs import Input, as_pictures, call_arguments, label, quiet, seeded
+from dpcache.run.pipelines import enabled, require_disabled
 
 from .metrics import Picture, psnr, ssim
 
@@ -171,7 +170,7 @@ class _Side:
                 with enabled(self.pipeline, self.schedule):
                     output = self._timed(arguments)
         self.block_runs += count[0]
-        pictures = np.asarray(output[0])
+        pictures = as_pictures(output)
         self.pictures.extend(pictures)
         self.labels.extend([(label(self.pipeline, call), seed)] * len(pictures))
 

@@ -1,7 +1,7 @@
 """Records one pipeline call: the value at the boundary at every step, per branch. Changes nothing it watches."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -10,10 +10,12 @@ import torch
 
 from dpcache.errors import CalibrationError
 from dpcache.plan.schedule import Boundary
-from dpcache.run.cache import require_disabled
+from dpcache.run.entry import entered
+from dpcache.run.inputs import quiet
+from dpcache.run.loop import Branch, Call, Moved
+from dpcache.run.pipelines import require_disabled
 from dpcache.run.schedulers import noise_levels, step_influence
 from dpcache.run.sums import keep
-from dpcache.run.watch import Branch, Call, Grid, Moved, Watch
 
 #: Columns of the values that are multiplied at a time.
 _COLUMNS = 2**16
@@ -95,6 +97,8 @@ def record(
 ) -> RecordedRun:
     """Calls `pipeline(**arguments)` in full and records the value at the boundary at every step.
 
+    Of several sampling loops in one call the longest is recorded, the first among equals.
+
     Args:
         pipeline: a diffusers pipeline.
         arguments: of its call.
@@ -107,70 +111,89 @@ def record(
         UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
     """
     require_disabled(pipeline)
-    recorder = _Recorder(on_step)
-    watch = Watch(pipeline, boundary, recorder)
-    try:
-        with quiet(pipeline):
-            recorder.run.output = pipeline(**arguments)
-    finally:
-        watch.close()
-    recorder.finish()
-    run = recorder.run
-    if not run.num_steps:
+    recording = Recording(on_step)
+    with entered(pipeline, boundary, recording), quiet(pipeline):
+        output = pipeline(**arguments)
+    run = recording.run()
+    if run is None:
         raise CalibrationError(
             f"{type(pipeline).__name__} was called but its scheduler never took a step, so there is nothing to record: "
-            "is the scheduler of this pipeline somewhere else, or does it step copies of it?"
+            "is the scheduler of this pipeline somewhere else, or does it step copies of it? For a loop of your own "
+            "use `with dpcache.recording(denoiser):`."
         )
-    run.timesteps = tuple(float(t) for t in watch.scheduler.timesteps[recorder.start :][: run.num_steps])
-    levels = noise_levels(watch.scheduler, recorder.start)
-    run.sigmas = levels and levels[: run.num_steps + 1]
+    run.output = output
     return run
 
 
-class _Recorder:
-    """The observer: sends everything to host memory and looks at none of it, so that the loop waits for nothing."""
+class Recording:
+    """Records the sampling loops of one call; keeps the longest."""
 
-    def __init__(self, on_step: Callable[[int], object]) -> None:
+    def __init__(self, on_step: Callable[[int], object] = lambda step: None) -> None:
+        self._on_step = on_step
+        self._recorders: list[Recorder] = []
+
+    def begin(self, pipeline: Any, tell: Callable[[str], None]) -> "Recorder":
+        """A sampling loop begins."""
+        self._recorders = [*self._longest(), Recorder(self._on_step)]
+        return self._recorders[-1]
+
+    def run(self) -> RecordedRun | None:
+        """What was recorded; None if no loop took a step.
+
+        Raises:
+            CalibrationError: a value is NaN or infinite.
+        """
+        found = self._longest()
+        return found[0].finish() if found else None
+
+    def _longest(self) -> "list[Recorder]":
+        steps = max((recorder.run.num_steps for recorder in self._recorders), default=0)
+        return [recorder for recorder in self._recorders if recorder.run.num_steps == steps > 0][:1]
+
+
+class Recorder:
+    """Records one loop: sends everything to host memory and looks at none of it, so that the loop waits for nothing."""
+
+    def __init__(self, on_step: Callable[[int], object] = lambda step: None) -> None:
         self.run = RecordedRun()
-        self.start = 0
-        self.on_step = on_step
+        self._on_step = on_step
+        self._grid: tuple[Any, int] | None = None
         self._finite: list[tuple[int, torch.Tensor]] = []
         self._post = _Post()
 
-    def begin(self) -> None:
-        self._post.deliver()
-        self._finite.clear()
-        self.run.num_steps = 0
-        for recorded in (self.run.values, self.run.received, self.run.influence):
-            recorded.clear()
-
     def call(self, call: Call) -> Any:
+        """Computes it, and keeps the value."""
         output, value = call.full()
         self._finite.append((call.step, torch.isfinite(value).all()))
         values = self.run.values.setdefault(call.branch, {})
         self._post.send(call.step, [value], lambda host: values.__setitem__(call.step, host))
         return output
 
-    def located(self, grid: Grid) -> None:
-        self.start = grid.start
+    def located(self, scheduler: Any, size: int, start: int) -> None:
+        """Remembers the grid as it is now: the pipeline may set another one before it returns."""
+        self._grid = copy.copy(scheduler), start
 
     def end_step(self, step: int, moved: Moved) -> None:
-        self.run.num_steps = step + 1
-        tensors = [moved.received, moved.before, moved.after]
-        if all(isinstance(tensor, torch.Tensor) for tensor in tensors) and len({t.shape for t in tensors}) == 1:
-            self._post.send(step, tensors, partial(self._stepped, step))
+        """Keeps what the scheduler did."""
+        is_new, self.run.num_steps = step + 1 > self.run.num_steps, max(step + 1, self.run.num_steps)
+        if moved.tensors is not None:
+            self._post.send(step, moved.tensors, partial(self._stepped, step))
         self._post.deliver(before=step)
-        self.on_step(step)
+        if is_new:
+            self._on_step(step)
 
     def _stepped(self, step: int, given: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         self.run.received[step] = given.float().flatten()
         self.run.influence[step] = step_influence(given, before, after)
 
-    def end(self) -> None:
-        pass
+    def restart(self) -> None:
+        """Of no account: nothing is predicted."""
 
-    def finish(self) -> None:
-        """Waits for what is under way.
+    def end(self) -> None:
+        """Of no account."""
+
+    def finish(self) -> RecordedRun:
+        """Waits for what is under way; returns it all.
 
         Raises:
             CalibrationError: a value is NaN or infinite.
@@ -182,6 +205,12 @@ class _Recorder:
                     f"the denoiser's value at step {step} is NaN or infinite: the model overflows before any caching. "
                     "Load it in torch.bfloat16 or torch.float32, and check that the call works without dpcache."
                 )
+        if self._grid is not None:
+            scheduler, start = self._grid
+            self.run.timesteps = tuple(scheduler.timesteps[start:][: self.run.num_steps].tolist())
+            levels = noise_levels(scheduler, start)
+            self.run.sigmas = levels and levels[: self.run.num_steps + 1]
+        return self.run
 
 
 class _Post:
@@ -207,18 +236,3 @@ class _Post:
             event.synchronize()
             # Out of the pinned memory, which the next copies use again.
             arrived(*(copy.clone() for copy in copies))
-
-
-@contextmanager
-def quiet(pipeline: Any) -> Iterator[None]:
-    """Keeps the pipeline's own progress bar silent, and leaves its settings as they were."""
-    missing = object()
-    before = vars(pipeline).get("_progress_bar_config", missing)
-    pipeline.set_progress_bar_config(**{**(before if isinstance(before, dict) else {}), "disable": True})
-    try:
-        yield
-    finally:
-        if before is missing:
-            del pipeline._progress_bar_config
-        else:
-            pipeline._progress_bar_config = before

@@ -13,9 +13,9 @@ import torch
 
 from dpcache.errors import CalibrationError
 from dpcache.plan.predictors import Taylor
-from dpcache.run.watch import Branch, Call, Grid, Moved, Watch
-
-from .recording import quiet
+from dpcache.run.entry import entered
+from dpcache.run.inputs import quiet
+from dpcache.run.loop import Branch, Call, Moved
 
 PROBES = 12
 """Steps at which to measure, at most; dense at the beginning, where most depends on the step."""
@@ -53,21 +53,17 @@ def measure(
         CalibrationError: what the scheduler was given could not be seen.
     """
     prober = _Prober(on_step)
-    watch = Watch(pipeline, "output", prober)
     found: dict[int, float] = {}
-    try:
-        with quiet(pipeline):
+    with entered(pipeline, "output", prober), quiet(pipeline):
+        pipeline(**arguments())
+        if not prober.received:
+            raise CalibrationError("what the scheduler was given at every step could not be seen.")
+        truth = prober.sample
+        for step in probe_steps(len(prober.received)):
+            prober.probe, prober.error = step, 0.0
             pipeline(**arguments())
-            if not prober.received:
-                raise CalibrationError("what the scheduler was given at every step could not be seen.")
-            truth = prober.sample
-            for step in probe_steps(len(prober.received)):
-                prober.probe, prober.error = step, 0.0
-                pipeline(**arguments())
-                if prober.error > 0:
-                    found[step] = float(torch.linalg.vector_norm(prober.sample - truth)) / prober.error
-    finally:
-        watch.close()
+            if prober.error > 0:
+                found[step] = float(torch.linalg.vector_norm(prober.sample - truth)) / prober.error
     return found
 
 
@@ -94,10 +90,10 @@ class _Prober:
         self.received: dict[int, torch.Tensor] = {}
         self._values: dict[Branch, dict[int, torch.Tensor]] = {}
 
-    def begin(self) -> None:
-        pass
+    def begin(self, pipeline: Any, tell: Callable[[str], None]) -> "_Prober":
+        return self
 
-    def located(self, grid: Grid) -> None:
+    def located(self, scheduler: Any, size: int, start: int) -> None:
         pass
 
     def call(self, call: Call) -> Any:
@@ -118,15 +114,19 @@ class _Prober:
         return call.full()[0]
 
     def end_step(self, step: int, moved: Moved) -> None:
-        if not isinstance(moved.received, torch.Tensor) or not isinstance(moved.after, torch.Tensor):
+        if moved.tensors is None:
             return
+        received, _, after = moved.tensors
         if self.probe is None:
-            self.received[step] = moved.received.detach().clone()
+            self.received[step] = received.detach().clone()
         elif step == self.probe:
-            self.error = float(torch.linalg.vector_norm(moved.received - self.received[step]))
-        self.sample = moved.after.detach().clone()
+            self.error = float(torch.linalg.vector_norm(received - self.received[step]))
+        self.sample = after.detach().clone()
         if self.probe is None or step > self.probe:
             self.on_step()
+
+    def restart(self) -> None:
+        pass
 
     def end(self) -> None:
         pass

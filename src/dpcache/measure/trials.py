@@ -8,12 +8,12 @@ import numpy.typing as npt
 import torch
 
 from dpcache.plan.schedule import Schedule
-from dpcache.run.cache import Cache, enabled
-from dpcache.run.inputs import seeded
+from dpcache.run.entry import entered
+from dpcache.run.follower import Follower, Following
+from dpcache.run.inputs import drawn, quiet, seeded
+from dpcache.run.loop import Branch, Call, Moved
 from dpcache.run.packing import take_apart
-from dpcache.run.watch import Branch, Call, Grid, Moved, Watch
-
-from .recording import quiet
+from dpcache.run.pipelines import enabled
 
 Array = npt.NDArray[np.float64]
 #: Relative errors below this are none: it keeps logarithms finite.
@@ -63,59 +63,64 @@ class Trial:
         Returns:
             float64 [D], and [variants, D].
         """
-        rerun = _Rerun()
-        watch = Watch(self.pipeline, schedule.boundary, rerun)
-        try:
-            rerun.cache = Cache(schedule)
+        rerun = _Rerun(schedule)
+        with entered(self.pipeline, schedule.boundary, rerun):
             output = self._run()
             on_run()
             others = []
             for start, variant in variants:
-                rerun.cache, rerun.start = Cache(variant), start
+                rerun.follow(variant, start)
                 others.append(self._run())
                 on_run()
-        finally:
-            watch.close()
         return output, np.stack(others) if others else np.empty((0, output.size))
 
     def _run(self) -> Array:
         with quiet(self.pipeline):
-            output = self.pipeline(**seeded(self.pipeline, self.arguments, 0))[0]
+            output = drawn(self.pipeline(**seeded(self.pipeline, self.arguments, 0)))
         return np.asarray(torch.as_tensor(output).to("cpu", torch.float64)).reshape(-1)
 
 
 class _Rerun:
     """Follows a schedule and remembers every call; then follows others that begin in the same way."""
 
-    def __init__(self) -> None:
-        self.cache: Cache
+    def __init__(self, schedule: Schedule) -> None:
         #: Calls before this step are answered from memory; None while remembering.
-        self.start: int | None = None
+        self._start: int | None = None
         self._outputs: dict[tuple[int, Branch], _Kept] = {}
         self._values: dict[tuple[int, Branch], _Kept] = {}
+        self.follow(schedule, None)
 
-    def begin(self) -> None:
-        self.cache.begin()
+    def follow(self, schedule: Schedule, start: int | None) -> None:
+        """The next runs follow this schedule; before the step, as remembered."""
+        self._following = Following(schedule, offload=False, adaptive=False, on_drift=None, planning={})
+        self._start = start
 
-    def located(self, grid: Grid) -> None:
-        self.cache.located(grid)
+    def begin(self, pipeline: Any, tell: Callable[[str], None]) -> "_Rerun":
+        self._follower: Follower = self._following.begin(pipeline, tell)
+        return self
+
+    def located(self, scheduler: Any, size: int, start: int) -> None:
+        self._follower.located(scheduler, size, start)
 
     def end_step(self, step: int, moved: Moved) -> None:
-        self.cache.end_step(step, moved)
+        self._follower.end_step(step, moved)
+
+    def restart(self) -> None:
+        self._follower.restart()
 
     def end(self) -> None:
-        self.cache.end()
+        self._follower.end()
 
     def call(self, call: Call) -> Any:
         key = call.step, call.branch
-        if self.start is None:
-            output = self.cache.call(_Remembering(call, self._values))
+        if self._start is None:
+            output = self._follower.call(_Remembering(call, self._values))
             self._outputs[key] = _Kept(output)
             return output
-        if call.step < self.start:
-            # The cache still sees the value at the boundary: it predicts later steps from it.
-            return self.cache.call(_Remembered(call, self._outputs[key], self._values.get(key)))
-        return self.cache.call(call)
+        if call.step < self._start:
+            # The follower still sees the value at the boundary: it predicts later steps from it.
+            return self._follower.call(_Remembered(call, self._outputs[key], self._values.get(key)))
+        return self._follower.call(call)
 
 
 class _Kept:

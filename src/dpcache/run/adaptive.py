@@ -10,23 +10,23 @@ take K full calls on average.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import NormalDist
-from typing import TYPE_CHECKING, Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dpcache.errors import CalibrationError
 from dpcache.plan.predictors import Predictor
-from dpcache.plan.schedule import Schedule
-
-if TYPE_CHECKING:
-    from dpcache.measure.calibration import Calibration
+from dpcache.plan.schedule import Schedule, Term
 
 Array = npt.NDArray[np.float64]
+#: What to do where a sample's errors are beyond those of the calibration inputs.
+OnDrift = Literal["warn", "full", "ignore"]
 
 #: How much of what an error ratio says about the sample is believed of its next hops, as a power of the ratio.
 _TRUST = 1.0
@@ -151,7 +151,7 @@ class Guide:
         CalibrationError: it is of too few inputs to know how they differ.
     """
 
-    def __init__(self, calibration: "Calibration", schedule: Schedule, judged: dict[str, Any], adaptive: bool) -> None:
+    def __init__(self, calibration: Any, schedule: Schedule, judged: dict[str, Any], adaptive: bool) -> None:
         if len(calibration.value_gram) < LEAST_INPUTS:
             raise CalibrationError(
                 f"{len(calibration.value_gram)} calibration inputs do not tell how much inputs differ: calibrate on "
@@ -171,7 +171,8 @@ class Guide:
 
     @cached_property
     def _cost(self) -> Array:
-        return self.calibration.cost(**self.judged)
+        cost: Array = self.calibration.cost(**self.judged)
+        return cost
 
     @cached_property
     def _tables(self) -> dict[int, npt.NDArray[np.intp]]:
@@ -242,3 +243,109 @@ def _hardness(residuals: Sequence[float]) -> float:
     """Logarithm of how much harder than usual a sample is, the latest key steps counting most."""
     counts = _MEMORY ** np.arange(len(residuals))[::-1]
     return float(counts @ np.asarray(residuals) / (counts.sum() + _PRIOR)) if len(residuals) else 0.0
+
+
+class Comparison:
+    """What the key steps of one generation told. Errors are read from the device when they are needed.
+
+    Args:
+        guide: what is usual on this grid.
+        on_drift: what to do where errors are beyond it.
+    """
+
+    def __init__(self, guide: Guide, on_drift: OnDrift) -> None:
+        self._guide: Guide | None = guide
+        self._on_drift, self._order, self._adaptive = on_drift, guide.start.order, guide.adaptive
+        self.decisions: list[Decision] = []
+        self._found = Found()
+        self._step: int | None = None
+        self._pending: list[tuple[Array, torch.Tensor]] = []
+
+    @property
+    def spared(self) -> int:
+        """How many values beside the newest to keep, in case the schedule changes."""
+        return self._order if self._guide is not None and self._decides else 0
+
+    def at_key_step(
+        self,
+        step: int,
+        value: torch.Tensor,
+        cached: Mapping[int, torch.Tensor],
+        predicted: Callable[[tuple[Term, ...]], torch.Tensor],
+        key_steps: Sequence[int],
+    ) -> Schedule | None:
+        """Holds the computed value against its prediction; the first branch of a step speaks for all.
+
+        Args:
+            step: the key step.
+            value: what was computed.
+            cached: key step -> value, of the key steps before.
+            predicted: makes the weighted sum of cached values.
+            key_steps: of the schedule that is followed.
+
+        Returns:
+            the schedule to follow from here on, if that changes.
+        """
+        guide = self._guide
+        if guide is None or self._step == step:
+            return None
+        self._step = step
+        known = sorted(cached)[-guide.usual.predictor.order - 1 :]
+        if known:
+            coefficients = guide.usual.predictor.coefficients(known, [step])[0]
+            used = zip(known[-len(coefficients) :], coefficients.tolist(), strict=True)
+            expected = predicted(tuple(Term(key_step=key, coefficient=share) for key, share in used))
+            self._pending.append((guide.usual.logarithms(known, step), _relative_error(expected, value)))
+        if not self._decides:
+            return None
+        self._settle()
+        if self._on_drift == "full" and self._found.has_drifted():
+            self._guide = None
+            rest = range(step + 1, guide.start.num_inference_steps)
+            return guide.schedule([*(key for key in key_steps if key <= step), *rest])
+        if not guide.adaptive:
+            return None
+        keys = guide.path(step, key_steps, self._found.residuals)
+        self.decisions.append(guide.decision(step, keys, self._found.residuals if known else None))
+        return guide.schedule(keys)
+
+    @property
+    def drift(self) -> float | None:
+        """By how many times errors are larger than usual; None where too few were compared."""
+        self._settle()
+        found = self._found.drift()
+        return found and found[0]
+
+    def warning(self) -> str | None:
+        """What to tell the user at the end of the generation, if anything."""
+        if self._on_drift == "ignore":
+            return None
+        self._settle()
+        drift = self._found.drift()
+        if drift is None or not self._found.has_drifted():
+            return None
+        then = " The rest of it was computed in full." if self._on_drift == "full" else ""
+        return (
+            f"the calibration does not fit this generation: predictions err {drift[0]:.2f} times as much as on the "
+            f"calibration inputs, of which hardly any would exceed {drift[1]:.2f}.{then} Calibrate with inputs like "
+            "this one (its prompt, LoRA, size, guidance), or take more key steps. Shown once; see "
+            "dpcache.stats(pipe).drift."
+        )
+
+    @property
+    def _decides(self) -> bool:
+        """Whether what is found at a key step matters before the end."""
+        return self._on_drift == "full" or (self._guide is not None and self._adaptive)
+
+    def _settle(self) -> None:
+        if self._pending:
+            logarithms = torch.stack([error for _, error in self._pending]).clamp(min=1e-15).log().tolist()
+            for (usual, _), logarithm in zip(self._pending, logarithms, strict=True):
+                self._found.add(usual, logarithm)
+            self._pending.clear()
+
+
+def _relative_error(predicted: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    """RMS difference as a share of the value, on the device."""
+    off, size = (torch.linalg.vector_norm(of, dtype=torch.float32) for of in (predicted - value, value))
+    return torch.div(off, size.clamp(min=1e-30))

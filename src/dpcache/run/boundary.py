@@ -1,6 +1,8 @@
 """The place whose value is cached and predicted: reads it in a full call, and puts a predicted one there."""
 
+import threading
 from collections.abc import Callable, Hashable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +15,19 @@ from .hooks import Hook
 from .packing import Assemble, pack, take_apart, unpack
 
 
+class Forms:
+    """What the full calls of one loop returned, without its tensors: how predicted calls return the same form.
+
+    Attributes:
+        values: branch -> shapes of the tensors at the boundary, and how to build an output around others.
+        blanks: (what feeds the blocks, branch) -> makes what it returned, with nothing in it; None if it has to run.
+    """
+
+    def __init__(self) -> None:
+        self.values: dict[Hashable, tuple[list[torch.Size], Assemble | None]] = {}
+        self.blanks: dict[tuple[Hook, Hashable], Callable[[], Any] | None] = {}
+
+
 class BoundaryTap:
     """Reads the value at the boundary of a full call, or runs only what follows it, on a predicted one.
 
@@ -22,9 +37,11 @@ class BoundaryTap:
     Attributes:
         block_hooks: to be put on the denoiser's blocks; none at the boundary "output".
         feeder_hooks: to be put on what feeds the blocks and nothing else. They only save time.
+        lock: to be held by whoever calls the denoiser: hooks on blocks learn from the attributes below what to do.
         reading: a full call is under way.
         skipping: a call is under way in which no block runs.
         branch: which of a step's calls that is.
+        forms: of the loop it belongs to.
         streams: what the head reads: what the last block returned, or shall return.
     """
 
@@ -32,37 +49,42 @@ class BoundaryTap:
         blocks, feeders = (find_blocks(denoiser), find_feeders(denoiser)) if boundary == "blocks" else ([], [])
         self.block_hooks = [(block.module, _BlockHook(self, block)) for block in blocks]
         self.feeder_hooks = [(module, _FeederHook(self)) for module in feeders]
+        self.lock: AbstractContextManager[Any] = threading.RLock() if blocks else nullcontext()
         self.reading = self.skipping = False
         self.branch: Hashable = None
+        self.forms = Forms()
         self.streams: list[torch.Tensor] = []
-        self._builds: dict[Hashable, tuple[list[torch.Size], Assemble | None]] = {}
 
-    def full(self, branch: Hashable, forward: Callable[[], Any]) -> tuple[Any, torch.Tensor]:
+    def full(self, branch: Hashable, forward: Callable[[], Any], forms: Forms) -> tuple[Any, torch.Tensor]:
         """Runs the denoiser in full; returns its output and the value at the boundary."""
         for _, hook in self.feeder_hooks:
-            hook.forget(branch)
-        self.reading, self.branch = True, branch
+            forms.blanks.pop((hook, branch), None)
+        self.reading, self.branch, self.forms = True, branch, forms
         try:
             output = forward()
             tensors, build = (self.streams, None) if self.block_hooks else take_apart(output)
         finally:
-            self.reading, self.streams = False, []
+            self._rest()
         if not tensors:
             raise RuntimeError("the denoiser returned without running its last transformer block.")
-        self._builds[branch] = [tensor.shape for tensor in tensors], build
+        forms.values[branch] = [tensor.shape for tensor in tensors], build
         return output, pack(tensors)
 
-    def predicted(self, branch: Hashable, forward: Callable[[], Any], value: torch.Tensor) -> Any:
+    def predicted(self, branch: Hashable, forward: Callable[[], Any], value: torch.Tensor, forms: Forms) -> Any:
         """What the denoiser returns for this value; comes after a full call of the same branch."""
-        shapes, build = self._builds[branch]
+        shapes, build = forms.values[branch]
         tensors = unpack(value, shapes)
         if build is not None:
             return build(iter(tensors))
-        self.skipping, self.branch, self.streams = True, branch, tensors
+        self.skipping, self.branch, self.forms, self.streams = True, branch, forms, tensors
         try:
             return forward()
         finally:
-            self.skipping, self.streams = False, []
+            self._rest()
+
+    def _rest(self) -> None:
+        self.reading = self.skipping = False
+        self.forms, self.streams = Forms(), []
 
 
 class _BlockHook(Hook):
@@ -85,19 +107,15 @@ class _FeederHook(Hook):
     def __init__(self, tap: BoundaryTap) -> None:
         super().__init__()
         self.tap = tap
-        self._blanks: dict[Hashable, Callable[[], Any] | None] = {}
-
-    def forget(self, branch: Hashable) -> None:
-        self._blanks.pop(branch, None)
 
     def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        branch = self.tap.branch
-        if self.tap.skipping and (blank := self._blanks.get(branch)) is not None:
+        known, place = self.tap.forms.blanks, (self, self.tap.branch)
+        if self.tap.skipping and (blank := known.get(place)) is not None:
             return blank()
         output = self.beneath(*args, **kwargs)
         if self.tap.reading:
             # Called twice in one call, it may return two shapes: then it runs.
-            self._blanks[branch] = None if branch in self._blanks else _blank_like(output)
+            known[place] = None if place in known else _blank_like(output)
         return output
 
 

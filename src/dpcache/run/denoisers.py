@@ -69,8 +69,8 @@ def find_denoisers(pipeline: Any) -> list[nn.Module]:
     """The networks the pipeline calls at every step: one, or several where it switches within a sampling loop.
 
     Raises:
-        UnsupportedPipelineError: the object is no diffusers pipeline with a transformer or UNet and a scheduler, or
-            something else caches in it already, or its frames step one by one.
+        UnsupportedPipelineError: the object is no diffusers pipeline with a transformer or UNet and a scheduler, or its
+            frames step one by one.
     """
     found = [module for name in _DENOISER_ATTRIBUTES if (module := getattr(pipeline, name, None)) is not None]
     scheduler = getattr(pipeline, "scheduler", None)
@@ -86,27 +86,13 @@ def find_denoisers(pipeline: Any) -> list[nn.Module]:
             f"{type(pipeline).__name__} steps every frame by itself, with copies of its scheduler, so there is no step "
             "of the whole to skip. Use a pipeline that denoises all frames together, for example SkyReelsV2Pipeline."
         )
-    denoisers = list(dict.fromkeys(_unwrapped(module) for module in found))
-    for denoiser in denoisers:
-        _refuse_other_cache(denoiser)
-    return denoisers
-
-
-def _refuse_other_cache(denoiser: nn.Module) -> None:
-    """Two caches in one denoiser would predict from each other's predictions."""
-    if getattr(denoiser, "is_cache_enabled", False):
-        off = "call `pipe.transformer.disable_cache()` first"
-    elif getattr(denoiser, "_is_cached", False):  # where cache-dit notes it
-        off = "call `cache_dit.disable_cache(pipe)` first"
-    else:
-        return
-    raise UnsupportedPipelineError(f"another cache is enabled on this {type(denoiser).__name__} already: {off}.")
+    return list(dict.fromkeys(unwrapped(module) for module in found))
 
 
 def as_called(pipeline: Any, denoiser: nn.Module) -> nn.Module:
     """The denoiser as the pipeline has it now: torch.compile may have wrapped it."""
     found: list[Any] = [getattr(pipeline, name, None) for name in _DENOISER_ATTRIBUTES]
-    return next((module for module in found if _unwrapped(module) is denoiser), denoiser)
+    return next((module for module in found if unwrapped(module) is denoiser), denoiser)
 
 
 def find_blocks(denoiser: nn.Module) -> list[Block]:
@@ -115,7 +101,7 @@ def find_blocks(denoiser: nn.Module) -> list[Block]:
     Raises:
         UnsupportedPipelineError: the class is not in the table, or this model is not built as the table says.
     """
-    name = type(denoiser).__name__
+    name = _known_as(denoiser)
     if name not in BLOCK_STACKS:
         raise UnsupportedPipelineError(
             f'boundary="blocks" needs to know the transformer blocks of {name}, which are described only for '
@@ -135,8 +121,18 @@ def find_blocks(denoiser: nn.Module) -> list[Block]:
 
 def find_feeders(denoiser: nn.Module) -> list[nn.Module]:
     """The denoiser's modules whose results only the blocks read."""
-    found = [getattr(denoiser, name, None) for name in BLOCK_STACKS[type(denoiser).__name__].feeders]
-    return [_unwrapped(module) for module in found if isinstance(module, nn.Module)]
+    found = [getattr(denoiser, name, None) for name in BLOCK_STACKS[_known_as(denoiser)].feeders]
+    return [unwrapped(module) for module in found if isinstance(module, nn.Module)]
+
+
+def _known_as(denoiser: nn.Module) -> str:
+    """The name under which the table has it: its class, or the one whose `forward` it inherits unchanged.
+
+    Quantized and sharded models are of such subclasses.
+    """
+    kinds = type(denoiser).__mro__
+    own = next((number for number, kind in enumerate(kinds) if "forward" in vars(kind)), 0)
+    return next((kind.__name__ for kind in kinds[: own + 1] if kind.__name__ in BLOCK_STACKS), kinds[0].__name__)
 
 
 def _stack(denoiser: nn.Module, attribute: str, name: str) -> list[nn.Module]:
@@ -150,7 +146,7 @@ def _stack(denoiser: nn.Module, attribute: str, name: str) -> list[nn.Module]:
 
 
 def _block(module: nn.Module, returns: tuple[str, ...], attribute: str, name: str) -> Block:
-    module = _unwrapped(module)
+    module = unwrapped(module)
     forward: Callable[..., Any] = type(module).forward
     parameters = tuple(inspect.signature(forward).parameters)[1:]
     if not set(returns) <= set(parameters):
@@ -169,7 +165,12 @@ def identify(denoisers: Sequence[nn.Module]) -> ModelIdentity:
     """What tells one model from another: the class, and a digest of the configurations that shape the networks."""
     text = "".join(_configuration(denoiser) for denoiser in denoisers)
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return ModelIdentity(denoiser=type(denoisers[0]).__name__, config=digest)
+    return ModelIdentity(denoiser=_class_name(denoisers[0]), config=digest)
+
+
+def _class_name(denoiser: nn.Module) -> str:
+    """Name of the model's class, as it was before torch sharded it."""
+    return next(kind.__name__ for kind in type(denoiser).__mro__ if not kind.__module__.startswith("torch.distributed"))
 
 
 def _configuration(denoiser: nn.Module) -> str:
@@ -181,6 +182,6 @@ def _configuration(denoiser: nn.Module) -> str:
     return json.dumps(config, sort_keys=True, default=str)
 
 
-def _unwrapped(module: Any) -> Any:
+def unwrapped(module: Any) -> Any:
     """The module itself where torch.compile has wrapped it."""
     return getattr(module, "_orig_mod", module)

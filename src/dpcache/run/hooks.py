@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import threading
 import types
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -73,6 +74,7 @@ def attach(module: Any, hook: Hook, name: str) -> None:
         registry.register_hook(hook, name)
     hook.entered = hook.fn_ref.forward
     module.__deepcopy__ = functools.partial(_copy, module)
+    module.__reduce_ex__ = functools.partial(_reduced, module)
 
 
 def detach(module: Any, name: str) -> None:
@@ -93,7 +95,7 @@ def _detach(module: Any, name: str) -> None:
         if reference.original_forward is not None:
             reference.original_forward, reference.forward = reference.forward, forward
     if not any(isinstance(hook, Hook) for hook in registry.hooks.values()):
-        del module.__deepcopy__
+        del module.__deepcopy__, module.__reduce_ex__
     if registry.hooks:
         return
     own = vars(module).get("forward")
@@ -123,41 +125,79 @@ def _beneath_accelerate(module: Any) -> Iterator[None]:
 
 def _copy(module: Any, memo: dict[int, Any]) -> Any:
     """A copy without this library's hooks, which would call the original: they close over it."""
+    with _without_hooks(module):
+        return copy.deepcopy(module, memo)
+
+
+def _reduced(module: Any, protocol: Any) -> Any:
+    """What is pickled of a module: all but this library's hooks."""
+    with _without_hooks(module):
+        reduce_ex: Any = type(module).__reduce_ex__
+        make, arguments, state, *rest = reduce_ex(module, protocol)
+        return make, arguments, dict(state), *rest
+
+
+@contextmanager
+def _without_hooks(module: Any) -> Iterator[None]:
     hooks = {name: hook for name, hook in module._diffusers_hook.hooks.items() if isinstance(hook, Hook)}
     for name in hooks:
         detach(module, name)
     try:
-        return copy.deepcopy(module, memo)
+        yield
     finally:
         for name, hook in hooks.items():
             attach(module, hook, name)
 
 
-def listen(owner: Any, method: str, listener: Listener) -> Callable[[], None]:
+def listen(
+    owner: Any,
+    method: str,
+    listener: Listener,
+    copied: "Callable[[Callable[[], None]], bool] | None" = None,
+) -> Callable[[], None]:
     """Passes the result of one object's method through `listener`, by a wrapper on the instance.
 
-    After every successful call of `owner.method` the caller gets `listener(result, *args, **kwargs)`. Listeners to one
-    method (pipelines may share a scheduler) share the wrapper: it comes with the first and goes with the last.
+    After every successful call of `owner.method` the caller gets `listener(owner, result, *args, **kwargs)`. Listeners
+    to one method (pipelines may share a scheduler) share the wrapper: it comes with the first and goes with the last.
+
+    Args:
+        owner: the object; its class stays as it is.
+        method: name of the method.
+        listener: must not hold on to what owns it: it lives as long as the owner.
+        copied: asked when the owner is deep-copied, with a function that ends the listening to the copy: whether the
+            copy is listened to as well. It is not unless given.
 
     Returns:
         a function that ends the listening.
     """
-    tap = _tap_of(vars(owner).get(method)) or _Tap(owner, method)
-    tap.listeners.append(listener)
-    return lambda: tap.leave(listener)
+    tap = _tap_of(vars(owner).get(method)) or _Tap(owner, method, getattr(owner, method), method in vars(owner))
+    entry = (listener, copied)
+    tap.listeners.append(entry)
+    return lambda: tap.leave(entry)
+
+
+def is_heard(owner: Any, method: str, listener: Listener) -> bool:
+    """Whether this listener listens, through the method that a call would find now."""
+    tap = _tap_of(vars(owner).get(method))
+    return tap is not None and any(one == listener for one, _ in tap.listeners)
+
+
+def lock_of(owner: Any, method: str) -> threading.RLock:
+    """Held by those who must not use an object that is listened to at the same time."""
+    tap = _tap_of(vars(owner).get(method))
+    return tap.lock if tap is not None else threading.RLock()
 
 
 class _Tap:
-    def __init__(self, owner: Any, method: str) -> None:
-        self.owner, self.method = owner, method
-        self.listeners: list[Listener] = []
-        self.original = getattr(owner, method)
-        self.had_own = method in vars(owner)
-
+    def __init__(self, owner: Any, method: str, original: Callable[..., Any], had_own: bool) -> None:
+        self.owner, self.method, self.original, self.had_own = owner, method, original, had_own
+        self.listeners: list[tuple[Listener, Any]] = []
+        self.lock = threading.RLock()
         setattr(owner, method, _Wrapper(self))
 
-    def leave(self, listener: Listener) -> None:
-        self.listeners.remove(listener)
+    def leave(self, entry: tuple[Listener, Any]) -> None:
+        if entry in self.listeners:
+            self.listeners.remove(entry)
         current = vars(self.owner).get(self.method)
         # Where somebody wrapped the method after us, ours must stay underneath; it has no listeners any more.
         if not self.listeners and _tap_of(current) is self:
@@ -177,18 +217,31 @@ class _Wrapper:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         result = self.tap.original(*args, **kwargs)
-        for listener in tuple(self.tap.listeners):
-            result = listener(result, *args, **kwargs)
+        for listener, _ in tuple(self.tap.listeners):
+            result = listener(self.tap.owner, result, *args, **kwargs)
         return result
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
-        """A copy of the owner gets its own method, unheard: pipelines copy schedulers, for sound next to pictures."""
+        """A copy of the owner has its own method: pipelines copy schedulers, for sound next to pictures."""
         owner = memo.get(id(self.tap.owner))
         if owner is None:
             return self
-        if self.tap.had_own:
-            return copy.deepcopy(self.tap.original, memo)
-        return types.MethodType(getattr(type(owner), self.tap.method), owner)
+        had_own, method = self.tap.had_own, self.tap.method
+        own = copy.deepcopy(self.tap.original, memo) if had_own else _method_of_class(owner, method)
+        heard = _Tap(owner, method, own, had_own)
+        for listener, copied in self.tap.listeners:
+            entry = (listener, copied)
+            if copied is not None and copied(functools.partial(heard.leave, entry)):
+                heard.listeners.append(entry)
+        return vars(owner)[method] if heard.listeners else own
+
+    def __reduce__(self) -> Any:
+        """Pickled, it is the plain method again."""
+        return _method_of_class, (self.tap.owner, self.tap.method)
+
+
+def _method_of_class(owner: Any, method: str) -> Any:
+    return types.MethodType(getattr(type(owner), method), owner)
 
 
 def _tap_of(method: Any) -> _Tap | None:

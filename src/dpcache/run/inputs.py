@@ -1,15 +1,22 @@
-"""What users pass as inputs -> the arguments of each pipeline call, with a seed of its own."""
+"""What users pass as inputs -> the arguments of each pipeline call, with a seed of its own; and what a call returns."""
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 
-from dpcache.errors import CalibrationError
+from dpcache.errors import CalibrationError, UnsupportedPipelineError
 
 #: One input of a pipeline: a prompt, or the arguments of its call.
 Input = str | Mapping[str, Any]
+
+#: What else pipelines of one's own call the number of steps.
+_STEPS = ("steps", "num_steps", "n_steps", "sampling_steps", "inference_steps", "num_sampling_steps")
+#: Where outputs keep what was drawn, the likeliest first.
+_DRAWN = ("images", "frames", "videos", "audios", "audio", "sample", "samples", "latents", "image", "video")
 
 
 def call_arguments(inputs: Sequence[Input], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -32,15 +39,15 @@ def call_arguments(inputs: Sequence[Input], defaults: Mapping[str, Any]) -> list
 
 
 def seeded(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> dict[str, Any]:
-    """The arguments with a fresh generator, so that calling twice draws the same noise twice.
+    """The arguments as this pipeline takes them, with a fresh generator: calling twice draws the same noise twice.
 
-    A generator that the arguments bring along is copied in the state it is in.
+    A generator that the arguments bring along is copied in the state it is in. A pipeline of one's own may call the
+    number of steps otherwise, or have no `output_type`.
     """
+    arguments = _as_taken(pipeline, arguments)
     generator = arguments.get("generator")
     if generator is None:
-        if "generator" not in inspect.signature(type(pipeline).__call__).parameters:
-            return dict(arguments)
-        return {**arguments, **noise_of(seed)}
+        return {**arguments, **noise_of(seed)} if accepts(pipeline, "generator") else arguments
     generator = [_copy(g) for g in generator] if isinstance(generator, list) else _copy(generator)
     return {**arguments, "generator": generator}
 
@@ -48,6 +55,15 @@ def seeded(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> dict[str, 
 def noise_of(seed: int) -> dict[str, torch.Generator]:
     """The argument of a call that makes its noise: on the CPU, so that it is the same on every device."""
     return {"generator": torch.Generator("cpu").manual_seed(seed)}
+
+
+def accepts(pipeline: Any, name: str) -> bool:
+    """Whether a call of the pipeline takes an argument of this name."""
+    blocks = getattr(pipeline, "blocks", None)
+    if blocks is not None and hasattr(blocks, "input_names"):  # a modular pipeline
+        return name in blocks.input_names
+    parameters = inspect.signature(type(pipeline).__call__).parameters
+    return name in parameters
 
 
 def label(pipeline: Any, arguments: Mapping[str, Any]) -> str:
@@ -60,6 +76,91 @@ def label(pipeline: Any, arguments: Mapping[str, Any]) -> str:
         numbers = classes if isinstance(classes, list | tuple) else [classes]
         return ", ".join(str(names.get(number, number)) for number in numbers)
     return ", ".join(f"{key}={value}" for key, value in arguments.items() if isinstance(value, str | int | float))
+
+
+def drawn(returned: Any) -> Any:
+    """What a call has drawn, out of whatever it returned: the first element, or the bare array or tensor itself.
+
+    Raises:
+        UnsupportedPipelineError: nothing of the kind is in it.
+    """
+    if isinstance(returned, torch.Tensor | np.ndarray):
+        return returned
+    if isinstance(returned, list | tuple):
+        if not len(returned):
+            raise UnsupportedPipelineError("the pipeline returned nothing.")
+        return returned if hasattr(returned[0], "size") and not isinstance(returned[0], torch.Tensor) else returned[0]
+    if isinstance(returned, Mapping) and len(returned):
+        return next(iter(returned.values()))
+    state = getattr(returned, "values", None)  # of a modular pipeline
+    for name in _DRAWN:
+        found = state.get(name) if isinstance(state, Mapping) else getattr(returned, name, None)
+        if found is not None:
+            return found
+    raise UnsupportedPipelineError(
+        f"the pipeline returned a {type(returned).__name__}, in which there is neither of {', '.join(_DRAWN)}: have it "
+        "return what it has drawn, or a tuple that begins with it."
+    )
+
+
+def as_pictures(returned: Any) -> np.ndarray:
+    """What a call has drawn as float [N, H, W, C], or [N, F, H, W, C] for clips, with values in [0, 1].
+
+    Raises:
+        UnsupportedPipelineError: it is something else.
+    """
+    found = drawn(returned)
+    if isinstance(found, torch.Tensor):
+        found = found.detach().float().cpu().numpy()
+        if found.ndim >= 4 and found.shape[-1] not in (1, 3, 4) and found.shape[-3] in (1, 3, 4):
+            found = np.moveaxis(found, -3, -1)
+    elif isinstance(found, list | tuple):
+        found = np.stack([np.asarray(picture) for picture in found])
+    pictures = np.asarray(found)
+    if pictures.dtype == np.uint8:
+        pictures = pictures.astype(np.float32) / 255
+    if not np.issubdtype(pictures.dtype, np.floating) or pictures.ndim < 4:
+        raise UnsupportedPipelineError(
+            f"the pipeline returned {pictures.dtype} of shape {pictures.shape}: pictures are floats [N, H, W, C] in "
+            '[0, 1]. With a pipeline of diffusers call it with output_type="np".'
+        )
+    return pictures
+
+
+@contextmanager
+def quiet(pipeline: Any) -> Iterator[None]:
+    """Keeps the pipeline's own progress bar silent, and leaves its settings as they were."""
+    if not hasattr(pipeline, "set_progress_bar_config"):
+        yield
+        return
+    missing = object()
+    before = vars(pipeline).get("_progress_bar_config", missing)
+    pipeline.set_progress_bar_config(**{**(before if isinstance(before, dict) else {}), "disable": True})
+    try:
+        yield
+    finally:
+        if before is missing:
+            vars(pipeline).pop("_progress_bar_config", None)
+        else:
+            pipeline._progress_bar_config = before
+
+
+def _as_taken(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    taken = dict(arguments)
+    for name, others in (("num_inference_steps", _STEPS), ("output_type", ())):
+        if name in taken and not accepts(pipeline, name) and not _accepts_anything(pipeline):
+            value = taken.pop(name)
+            other = next((other for other in others if accepts(pipeline, other)), None)
+            if other is not None:
+                taken.setdefault(other, value)
+    return taken
+
+
+def _accepts_anything(pipeline: Any) -> bool:
+    if hasattr(getattr(pipeline, "blocks", None), "input_names"):
+        return False
+    parameters = inspect.signature(type(pipeline).__call__).parameters.values()
+    return any(parameter.kind == inspect.Parameter.VAR_KEYWORD for parameter in parameters)
 
 
 def _copy(generator: torch.Generator) -> torch.Generator:

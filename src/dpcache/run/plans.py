@@ -1,20 +1,47 @@
 """Plans from one calibration for whatever grids a pipeline is called with, each made when the grid is first met."""
 
-from typing import TYPE_CHECKING, Any
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+import numpy.typing as npt
 
 from dpcache.errors import GridError
 from dpcache.plan.grids import NoiseGrid
 from dpcache.plan.schedule import Schedule
 
 from .adaptive import Guide
-from .schedulers import noise_grid, noise_levels, prediction_type
+from .schedulers import noise_grid, prediction_type
 
-if TYPE_CHECKING:
-    from dpcache.measure.calibration import Calibration
-
+#: So many plans are remembered: a server may see a thousand resolutions.
+_KEPT = 64
 _JUDGED = ("predictor", "order", "measured", "power")
+
+
+@runtime_checkable
+class Planner(Protocol):
+    """What plans: a `Calibration`, seen from here."""
+
+    @property
+    def facts(self) -> Any: ...
+
+    @property
+    def grid(self) -> NoiseGrid | None: ...
+
+    @property
+    def value_gram(self) -> npt.NDArray[np.float64]: ...
+
+    def plan(self, *args: Any, **kwargs: Any) -> Schedule: ...
+
+    def schedule(self, *args: Any, **kwargs: Any) -> Schedule: ...
+
+    def cost(self, *args: Any, **kwargs: Any) -> npt.NDArray[np.float64]: ...
+
+    def predictor(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    def on_grid(self, *args: Any, **kwargs: Any) -> "Planner": ...
 
 
 class Plans:
@@ -32,7 +59,7 @@ class Plans:
     """
 
     def __init__(
-        self, calibration: "Calibration", settings: dict[str, Any], *, adaptive: bool = False, watched: bool = False
+        self, calibration: Planner, settings: dict[str, Any], *, adaptive: bool = False, watched: bool = False
     ) -> None:
         self.calibration, self.settings = calibration, settings
         self._adaptive, self._watched = adaptive, watched
@@ -40,32 +67,46 @@ class Plans:
             raise TypeError(f"adaptive plans have no {', '.join(sorted(fixed))}: leave it out, or adaptive=True.")
         #: For the grid that was recorded.
         self.own = self._planned(calibration)
-        self._known: dict[tuple[float, ...], tuple[Schedule, Guide | None]] = {}
+        self._known: OrderedDict[tuple[str, tuple[float, ...]], tuple[Schedule, Guide | None]] = OrderedDict()
+        self._lock = threading.Lock()
 
-    def on(self, scheduler: Any, start: int) -> tuple[Schedule, Guide | None]:
-        """The schedule for a loop of this scheduler that begins at this step of its grid, and what watches over it.
+    def on(self, scheduler: Any, levels: Sequence[float] | None, start: int) -> tuple[Schedule, Guide | None]:
+        """The schedule for a loop of this scheduler, and what watches over it.
+
+        Args:
+            scheduler: steps the loop; None for a loop of one's own.
+            levels: its noise levels from the loop's first step on.
+            start: the step of its grid that the loop begins with.
 
         Raises:
             GridError: as `Calibration.on_grid`.
         """
-        levels = noise_levels(scheduler, start)
+        if scheduler is None and levels is None:
+            return self.own
         if levels is None:
             raise GridError(
                 f"the noise levels of {type(scheduler).__name__} are not known: give dpcache.enable a schedule, "
                 "planned from a calibration with this scheduler and number of steps."
             )
-        if levels not in self._known:
-            recorded = self.calibration.grid
-            same = recorded is not None and recorded.is_same(NoiseGrid(np.array(levels), prediction_type(scheduler)))
-            kind = type(scheduler).__name__ == self.calibration.facts.scheduler
-            self._known[levels] = (
-                self.own
-                if same and kind
-                else self._planned(self.calibration.on_grid(scheduler=noise_grid(scheduler, start)))
-            )
-        return self._known[levels]
+        key = (type(scheduler).__name__, tuple(levels))
+        with self._lock:
+            if key not in self._known:
+                self._known[key] = self._plan_for(scheduler, levels, start)
+                while len(self._known) > _KEPT:
+                    self._known.popitem(last=False)
+            self._known.move_to_end(key)
+            return self._known[key]
 
-    def _planned(self, calibration: "Calibration") -> tuple[Schedule, Guide | None]:
+    def _plan_for(self, scheduler: Any, levels: Sequence[float], start: int) -> tuple[Schedule, Guide | None]:
+        recorded = self.calibration.grid
+        if scheduler is None:
+            return self._planned(self.calibration.on_grid(sigmas=levels))
+        same = recorded is not None and recorded.is_same(NoiseGrid(np.array(levels), prediction_type(scheduler)))
+        if same and type(scheduler).__name__ == self.calibration.facts.scheduler:
+            return self.own
+        return self._planned(self.calibration.on_grid(scheduler=noise_grid(scheduler, start)))
+
+    def _planned(self, calibration: Planner) -> tuple[Schedule, Guide | None]:
         steps, settings = calibration.facts.num_inference_steps, dict(self.settings)
         for name in ("num_key_steps", "speedup"):
             if settings.get(name) is not None:

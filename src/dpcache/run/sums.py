@@ -17,7 +17,7 @@ _PIECE_ELSEWHERE = 2**22
 def weighted_sum(values: Sequence[torch.Tensor], coefficients: Sequence[float], device: torch.device) -> torch.Tensor:
     """Sum of coefficient x value, summed in float32 (float64 for float64 values) whatever the dtype, rounded once.
 
-    Nothing is read back from the device.
+    Nothing is read back from the device. Where gradients are wanted, they pass through.
 
     Args:
         values: contiguous, of one shape and dtype, on the device or in host memory; at least one.
@@ -29,6 +29,9 @@ def weighted_sum(values: Sequence[torch.Tensor], coefficients: Sequence[float], 
     """
     like = values[0]
     wide = torch.promote_types(like.dtype, torch.float32)
+    if torch.is_grad_enabled() and any(value.requires_grad for value in values):
+        pairs = zip(values, coefficients, strict=True)
+        return torch.stack([share * value.to(device, wide) for value, share in pairs]).sum(dim=0).to(like.dtype)
     result = torch.empty(like.shape, dtype=like.dtype, device=device)
     whole = result.view(-1)
     flat = [value.view(-1) for value in values]
@@ -47,8 +50,8 @@ def weighted_sum(values: Sequence[torch.Tensor], coefficients: Sequence[float], 
 
 def with_correction(
     value: torch.Tensor, step: int, terms: "Sequence[Term]", cached: Mapping[int, torch.Tensor]
-) -> torch.Tensor | None:
-    """The value computed at a key step with the schedule's correction added; None where there is none to be made.
+) -> torch.Tensor:
+    """The value computed at a key step with the schedule's correction added; the value itself where there is none.
 
     Args:
         value: what was computed at this step; not cached yet.
@@ -59,16 +62,21 @@ def with_correction(
     shares = {term.key_step: term.coefficient for term in terms}
     own = 1.0 + shares.pop(step, 0.0)
     if not terms or not shares.keys() <= cached.keys():
-        return None
-    values = [value.detach().contiguous(), *(cached[key] for key in shares)]
+        return value
+    values = [value.contiguous(), *(cached[key] for key in shares)]
+    if not torch.is_grad_enabled():
+        values[0] = values[0].detach()
     return weighted_sum(values, [own, *shares.values()], value.device)
 
 
 def keep(value: torch.Tensor, *, offload: bool) -> torch.Tensor:
     """A contiguous copy, on the same device or, offloaded, in host memory; without waiting for it to be there.
 
-    The host memory of a GPU's values is pinned, so that copies there and back are ordered like kernels.
+    The host memory of a GPU's values is pinned, so that copies there and back are ordered like kernels. Where gradients
+    are wanted, the copy has them too.
     """
+    if value.requires_grad and torch.is_grad_enabled():
+        return value.to("cpu" if offload else value.device, copy=True).contiguous()
     pinned = offload and value.is_cuda
     copy = torch.empty(value.shape, dtype=value.dtype, device="cpu" if offload else value.device, pin_memory=pinned)
     return copy.copy_(value.detach(), non_blocking=pinned)

@@ -21,8 +21,8 @@ from dpcache.measure.measuring import TRIAL_SEED, calibrate
 from dpcache.measure.trials import Trial, average_error
 from dpcache.plan.planner import Objective
 from dpcache.plan.schedule import Boundary, Schedule
-from dpcache.run.cache import require_disabled
 from dpcache.run.inputs import Input, call_arguments, seeded
+from dpcache.run.pipelines import require_disabled
 
 from .tuning import RIDGES, Direction, directions, normal_equations, proposals
 

@@ -93,7 +93,7 @@ def num_steps(followed: "Schedule | Calibration") -> int:
 
 def follow(pipeline: Any, source: Source, followed: "Schedule | Calibration", **how: Any) -> None:
     """`dpcache.enable`, with its arguments, and with the source named in what it refuses."""
-    from dpcache.run.cache import enable
+    from dpcache.run.pipelines import enable
 
     planning: dict[str, Any] = {} if source.num_key_steps is None else {"num_key_steps": source.num_key_steps}
     try:
@@ -104,7 +104,7 @@ def follow(pipeline: Any, source: Source, followed: "Schedule | Calibration", **
 
 def check(pipeline: Any, source: Source, followed: "Schedule | Calibration") -> None:
     """Nothing, if the pipeline can follow it; raises as `follow`."""
-    from dpcache.run.cache import disable
+    from dpcache.run.pipelines import disable
 
     follow(pipeline, source, followed)
     disable(pipeline)
@@ -112,7 +112,7 @@ def check(pipeline: Any, source: Source, followed: "Schedule | Calibration") -> 
 
 def computed_steps(pipeline: Any) -> tuple[int, ...] | None:
     """Which steps of the latest call ran in full; None where nothing is followed, and all do."""
-    from dpcache.run.cache import stats
+    from dpcache.run.pipelines import stats
 
     try:
         return stats(pipeline).computed_steps
@@ -129,6 +129,7 @@ def planned(pipeline: Any, plans: "Sequence[Plans]", boundary: "Boundary", call:
         CalibrationError, GridError, InfeasibleBudgetError: as `dpcache.enable`.
     """
     from dpcache.measure.recording import record
+    from dpcache.run.schedulers import noise_levels
 
     class Begun(Exception):
         """The first step was taken."""
@@ -138,4 +139,5 @@ def planned(pipeline: Any, plans: "Sequence[Plans]", boundary: "Boundary", call:
 
     with contextlib.suppress(Begun):
         record(pipeline, call, boundary=boundary, on_step=leave)
-    return [plan.on(pipeline.scheduler, 0)[0] for plan in plans]
+    levels = noise_levels(pipeline.scheduler)
+    return [plan.on(pipeline.scheduler, levels, 0)[0] for plan in plans]

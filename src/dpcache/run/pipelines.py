@@ -1,0 +1,118 @@
+"""Pipelines of diffusers that follow a schedule: `enable`, `disable`, `enabled`, `stats`."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from dpcache.errors import CacheStateError
+
+from .adaptive import OnDrift
+from .entry import ATTRIBUTE, Entry
+from .follower import Following, Source, Stats
+
+
+def enable(
+    pipeline: Any,
+    schedule: Source,
+    *,
+    offload: bool = False,
+    adaptive: bool = False,
+    on_drift: OnDrift | None = None,
+    **planning: Any,
+) -> None:
+    """Makes every following call of the pipeline follow the schedule, until `disable`.
+
+    Given a calibration instead, every call follows a schedule planned for its own noise levels, whatever its number of
+    steps, shift or resolution: planned when such a call first comes, and remembered. `planning` are arguments of
+    `Calibration.plan`, for example `num_key_steps` (a call with no more steps is computed in full) or `speedup`.
+
+    A call is followed from its beginning to its end, however it ends; what other pipelines do with the same parts, what
+    runs in a callback or in another thread, is none of its business. Shallow copies of the pipeline follow it as well.
+
+    A loop that begins at a later step of the schedule's grid, like image-to-image with a strength, follows what is left
+    of the schedule (see `Schedule.from_step`). So does, within a loop, a branch whose cached values fit no longer: it
+    has another shape, was not called for a while, or a callback replaced what the model is told. What the schedule does
+    not cover is computed in full, with one warning.
+
+    Args:
+        pipeline: a pipeline of diffusers, modular ones included, or one of your own that calls a `transformer` or
+            `unet` and steps a `scheduler`.
+        schedule: what to follow; a schedule, a calibration, or the path of a schedule's file.
+        offload: keep the cached values in host memory (pinned, for a GPU) and bring them back a piece at a time. Takes
+            next to nothing of the device's memory, and at every skipped step the time to copy up to order + 1 values:
+            worth it for long videos, where a value takes hundreds of megabytes and a full step many seconds.
+        adaptive: with a calibration, let every generation choose its key steps by what it meets: where predictions err
+            more than they did on the calibration inputs the next key step comes earlier, where they err less, later.
+            The number of full calls is then that of the plan on average over the calibration inputs. Reads one number
+            from the device at every key step. A batch decides together, by the error over all of it. `Stats.decisions`
+            tells what was decided and why.
+        on_drift: with a calibration, what to do where errors at key steps are so much larger than those of the
+            calibration inputs that the calibration does not fit: `"warn"`, once; compute the rest of the generation in
+            `"full"`, and warn; or `"ignore"`. To warn nothing is read from the device before the last step; `"full"`
+            reads a number at every key step. Unless given `"warn"`, with at least four calibration inputs.
+        planning: with a calibration, arguments of `Calibration.plan`.
+
+    Raises:
+        CacheStateError: it is enabled already.
+        ScheduleMismatchError: the schedule was made for another model.
+        UnsupportedPipelineError: the pipeline cannot be followed, or not at the schedule's boundary, or another cache
+            is at work in it.
+        CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan`.
+        FileNotFoundError, FileFormatError: as `Schedule.load`.
+        TypeError: what only a calibration can do was asked for with a schedule.
+    """
+    require_disabled(pipeline)
+    following = Following(schedule, offload=offload, adaptive=adaptive, on_drift=on_drift, planning=planning)
+    Entry(pipeline, following.schedule.boundary, following, following.admit)
+
+
+def disable(pipeline: Any) -> None:
+    """Takes everything off the pipeline again and frees the cached values.
+
+    Raises:
+        CacheStateError: it is not enabled.
+    """
+    entry = entry_of(pipeline)
+    if entry is None:
+        raise CacheStateError("dpcache is not enabled on this pipeline: call dpcache.enable(pipe, schedule) first.")
+    entry.leave(pipeline)
+
+
+@contextmanager
+def enabled(pipeline: Any, schedule: Source, **how: Any) -> Iterator[Any]:
+    """`enable` on entering, with its arguments; `disable` on leaving, also after an exception. Yields the pipeline."""
+    enable(pipeline, schedule, **how)
+    try:
+        yield pipeline
+    finally:
+        if entry_of(pipeline) is not None:
+            disable(pipeline)
+
+
+def stats(pipeline: Any) -> Stats:
+    """What happened on this pipeline, and on shallow copies of it, since `enable`.
+
+    Raises:
+        CacheStateError: it is not enabled.
+    """
+    entry = entry_of(pipeline)
+    if entry is None or not isinstance(entry.watcher, Following):
+        raise CacheStateError(
+            "dpcache is not enabled on this pipeline, so there are no statistics: call dpcache.stats(pipe) between "
+            "dpcache.enable(pipe, schedule) and dpcache.disable(pipe)."
+        )
+    return entry.watcher.stats()
+
+
+def require_disabled(pipeline: Any) -> None:
+    """Raises CacheStateError where a full run is wanted but dpcache is enabled."""
+    if entry_of(pipeline) is not None:
+        raise CacheStateError(
+            "dpcache is enabled on this pipeline already: call dpcache.disable(pipe) first, or use "
+            "`with dpcache.enabled(pipe, schedule):`."
+        )
+
+
+def entry_of(pipeline: Any) -> Entry | None:
+    """The entry of a pipeline; None if it has none."""
+    return vars(pipeline).get(ATTRIBUTE) if hasattr(pipeline, "__dict__") else None
