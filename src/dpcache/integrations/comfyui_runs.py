@@ -10,12 +10,10 @@ import torch
 
 from dpcache.errors import CalibrationError
 from dpcache.measure.recording import RecordedRun
-from dpcache.plan.schedule import Schedule, Term
+from dpcache.plan.matching import part_by_levels
+from dpcache.plan.schedule import Schedule
+from dpcache.run.generation import Generation
 from dpcache.run.loop import Branch
-from dpcache.run.sums import weighted_sum, with_correction
-
-#: A noise level is a planned one if it is nearer than this share of the way to the next.
-_SAME_LEVEL = 0.25
 
 Chunk = tuple[Any, int]
 Full = Callable[[], Any]
@@ -51,18 +49,9 @@ def part(schedule: Schedule, levels: Sequence[float]) -> Schedule | None:
         schedule: what was planned.
         levels: as samplers have them, the last where the run ends.
     """
-    steps, planned = len(levels) - 1, schedule.sigmas
-    if planned is None:
-        return schedule if steps == schedule.num_inference_steps else None
-    for start in range(schedule.num_inference_steps - steps + 1):
-        if all(_is_level(planned, start + step, levels[step]) for step in range(steps)):
-            return schedule.from_step(start)
-    return None
-
-
-def _is_level(planned: Sequence[float], step: int, level: float) -> bool:
-    gaps = [abs(planned[step] - planned[other]) for other in (step - 1, step + 1) if 0 <= other < len(planned)]
-    return abs(level - planned[step]) <= _SAME_LEVEL * min(gaps)
+    if schedule.sigmas is None:
+        return schedule if len(levels) - 1 == schedule.num_inference_steps else None
+    return part_by_levels(schedule, levels)
 
 
 def _step(levels: Sequence[float], sigma: float) -> int | None:
@@ -102,23 +91,13 @@ class _Evaluations:
         return named
 
 
-@dataclass
-class _Ring:
-    """The cached values of one chunk; steps count from `start`, the first call of this shape."""
-
-    shape: torch.Size
-    start: int
-    values: dict[int, torch.Tensor] = field(default_factory=dict)
-
-
 class Following:
-    """One sampling run that follows a schedule."""
+    """One sampling run that follows a schedule: a `Generation` and what ComfyUI makes of its values."""
 
     def __init__(self, schedule: Schedule, levels: Sequence[float]) -> None:
-        self._left = {0: schedule}
+        self._generation = Generation(schedule)
         self._levels = levels
         self._evaluations = _Evaluations()
-        self._rings: dict[Chunk, _Ring] = {}
         self._covered = True
         self._dtype = torch.float32
 
@@ -128,9 +107,9 @@ class Following:
         if step is None or chunks is None:
             self._give_up("the sampler evaluates between its noise levels, or twice at one")
             return full()
-        terms = {name: self._terms(name, sample, step) for name, sample in chunks}
-        if None not in terms.values():
-            values = [self._predicted(name, some, x.device) for name, some in terms.items() if some is not None]
+        predicted = [self._generation.predict(step, name, sample.shape) for name, sample in chunks]
+        values = [value for value in predicted if value is not None]
+        if len(values) == len(chunks):
             return (x - sigma * torch.cat(values)).to(self._dtype)
         denoised = full()
         if not isinstance(denoised, torch.Tensor) or denoised.shape != x.shape:
@@ -138,50 +117,15 @@ class Following:
             return denoised
         self._dtype = denoised.dtype
         computed = ((x - denoised) / sigma).contiguous().chunk(len(chunks))
-        handed = [
-            self._corrected(self._rings[name], step, value) for (name, _), value in zip(chunks, computed, strict=True)
+        handed_on = [
+            self._generation.computed(step, name, value) for (name, _), value in zip(chunks, computed, strict=True)
         ]
-        for (name, _), value in zip(chunks, computed, strict=True):
-            self._keep(self._rings[name], step, value)
-        if all(value is own for value, own in zip(handed, computed, strict=True)):
+        if all(value is own for value, own in zip(handed_on, computed, strict=True)):
             return denoised
-        return (x - sigma * torch.cat(handed)).to(self._dtype)
-
-    def _corrected(self, ring: _Ring, step: int, value: torch.Tensor) -> torch.Tensor:
-        """A computed value and the schedule's correction; the value itself where there is none."""
-        now = step - ring.start
-        found = with_correction(value, now, self._schedule_of(ring).corrections.get(now, ()), ring.values)
-        return value if found is None else found
-
-    def _terms(self, name: Chunk, sample: torch.Tensor, step: int) -> tuple[Term, ...] | None:
-        """What to predict a chunk from; None if it is to be computed. It has a ring that fits it then."""
-        ring = self._rings.get(name)
-        if ring is not None and ring.shape == sample.shape:
-            terms = self._schedule_of(ring).predictions.get(step - ring.start)
-            if terms is None or all(term.key_step in ring.values for term in terms):
-                return terms
-        self._rings[name] = _Ring(sample.shape, step)
-        return None
-
-    def _predicted(self, name: Chunk, terms: Sequence[Term], device: torch.device) -> torch.Tensor:
-        values = self._rings[name].values
-        return weighted_sum([values[term.key_step] for term in terms], [term.coefficient for term in terms], device)
-
-    def _keep(self, ring: _Ring, step: int, value: torch.Tensor) -> None:
-        now = step - ring.start
-        last_uses = self._schedule_of(ring).last_uses
-        for key in [key for key in ring.values if last_uses[key] <= now]:
-            del ring.values[key]
-        if last_uses.get(now, now) > now:
-            ring.values[now] = value
-
-    def _schedule_of(self, ring: _Ring) -> Schedule:
-        if ring.start not in self._left:
-            self._left[ring.start] = self._left[0].from_step(ring.start)
-        return self._left[ring.start]
+        return (x - sigma * torch.cat(handed_on)).to(self._dtype)
 
     def _give_up(self, reason: str) -> None:
-        self._rings.clear()
+        self._generation.abandon()
         if self._covered:
             self._covered = False
             warn_of_full_run(reason)

@@ -117,8 +117,8 @@ def recording(
             with it and `sigmas` the calibration can plan for other noise levels as well.
 
     Raises:
-        UnsupportedPipelineError: it is no `nn.Module`; the boundary needs blocks that are not known; or another cache is
-            at work in it.
+        UnsupportedPipelineError: it is no `nn.Module`; the boundary needs blocks that are not known; or another cache
+            is at work in it.
 
     Example:
         ```python

@@ -9,7 +9,12 @@ _SAME_LEVEL = 0.25
 
 
 def same_levels(planned: Sequence[float], levels: Sequence[float]) -> bool:
-    """Whether a loop's steps are at the planned noise levels, as many of them as both have."""
+    """Whether a loop's steps are at the planned noise levels, as many of them as both have.
+
+    Args:
+        planned: one for every step, and one where the last step ends.
+        levels: one for every step.
+    """
     return all(_is_level(planned, step, level) for step, level in enumerate(levels[: len(planned) - 1]))
 
 
@@ -18,16 +23,14 @@ def part_by_levels(schedule: Schedule, levels: Sequence[float]) -> Schedule | No
 
     Args:
         schedule: knows its noise levels.
-        levels: the loop's, one for every step and one where the last step ends. The loop may stop before that.
+        levels: the loop's, one for every step and one where the last step ends. It may begin later or end earlier than
+            what is planned, and its sampler's grid may have one step more that the loop never takes.
     """
     assert schedule.sigmas is not None
     steps = len(levels) - 1
-    for start in range(schedule.num_inference_steps):
-        # A loop may be longer than what is planned by the levels that it never gets to.
-        if start + steps >= schedule.num_inference_steps and same_levels(schedule.sigmas[start:], levels):
+    for start in range(min(schedule.num_inference_steps, schedule.num_inference_steps - steps + 2)):
+        if same_levels(schedule.sigmas[start:], levels[:-1]):
             return schedule.from_step(start)
-        if start + steps == schedule.num_inference_steps:
-            break
     return None
 
 

@@ -160,7 +160,7 @@ class Following:
             tell(
                 f"the schedule was planned for noise levels {_shown(schedule.sigmas)}, this call has {_shown(left)} "
                 "(another shift, size or kind of sigmas): its key steps are followed by their number, and may be badly "
-                "placed. Give dpcache.enable a calibration, which plans for every call's levels, or calibrate with these."
+                "placed. Give dpcache.enable a calibration, which plans for every call, or calibrate with these."
             )
         return part, None
 

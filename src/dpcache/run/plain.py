@@ -174,8 +174,8 @@ def following(
         planning: with a calibration, arguments of `Calibration.plan`.
 
     Raises:
-        UnsupportedPipelineError: it is no `nn.Module`; the schedule needs blocks that are not known; or another cache is
-            at work in it.
+        UnsupportedPipelineError: it is no `nn.Module`; the schedule needs blocks that are not known; or another cache
+            is at work in it.
         ScheduleMismatchError: the schedule was made for another model.
 
     Example:
