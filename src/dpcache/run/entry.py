@@ -296,6 +296,10 @@ def _copied(key: object, leave: Callable[[], None]) -> bool:
     return scope is not None
 
 
+def _made(kind: type) -> Any:
+    return object.__new__(kind)
+
+
 def _followed(kind: Any) -> type:
     """A class like this one whose instances are called through their entry."""
 
@@ -312,9 +316,8 @@ def _followed(kind: Any) -> type:
 
     def reduced(self: Any, protocol: Any) -> Any:
         """Pickled or copied deeply, it is a pipeline like any other."""
-        make, arguments, state, *rest = kind.__reduce_ex__(self, protocol)
-        state = {name: value for name, value in state.items() if name != ATTRIBUTE}
-        return make, tuple(kind if part is type(self) else part for part in arguments), state, *rest
+        _, _, state, *rest = kind.__reduce_ex__(self, protocol)
+        return _made, (kind,), {name: value for name, value in state.items() if name != ATTRIBUTE}, *rest
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
     methods = {"__call__": call, "__copy__": shallow_copy, "__reduce_ex__": reduced}

@@ -134,19 +134,29 @@ def _reduced(module: Any, protocol: Any) -> Any:
     with _without_hooks(module):
         reduce_ex: Any = type(module).__reduce_ex__
         make, arguments, state, *rest = reduce_ex(module, protocol)
-        return make, arguments, dict(state), *rest
+        state = dict(state)
+        if "_diffusers_hook" in state:  # it is there again, with our hooks, when the pickler gets to it
+            state["_diffusers_hook"] = registry = copy.copy(state["_diffusers_hook"])
+            for name in ("hooks", "_hook_order", "_fn_refs"):
+                setattr(registry, name, copy.copy(getattr(registry, name)))
+        return make, arguments, state, *rest
 
 
 @contextmanager
 def _without_hooks(module: Any) -> Iterator[None]:
+    """Has the module as it would be without this library, all but hooks and taps of others."""
     hooks = {name: hook for name, hook in module._diffusers_hook.hooks.items() if isinstance(hook, Hook)}
+    taps = {name: own for name, own in vars(module).items() if _tap_of(own) is not None and not own.tap.had_own}
     for name in hooks:
         detach(module, name)
+    for name in taps:
+        delattr(module, name)
     try:
         yield
     finally:
         for name, hook in hooks.items():
             attach(module, hook, name)
+        vars(module).update(taps)
 
 
 def listen(

@@ -1,0 +1,1 @@
+"""Situations in which comparable tools draw wrong pictures without a word, kind by kind."""
