@@ -135,6 +135,9 @@ def compare_all(
         raise ValueError(f"give one seed per input: {len(calls)} inputs but {len(first_seed)} seeds.")
 
     require_disabled(pipeline)
+    for schedule in schedules:  # what cannot be followed is known before anything is drawn
+        with enabled(pipeline, schedule):
+            pass
     full = _Side(pipeline, None)
     cached = [_Side(pipeline, schedule) for schedule in schedules]
     with tqdm(total=1 + len(calls) * (1 + len(cached)), desc="compare", unit="run", disable=not progress) as bar:

@@ -5,6 +5,7 @@ later step, and corrects the error or, early on, makes something else of it.
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -102,7 +103,10 @@ class _Prober:
             output, value = call.full()
             # A copy: the pipeline may go on to change the tensor.
             values[call.step] = value.detach().clone()
+            self._forms = call.forms
             return output
+        # What the recorded run returned gives the form of predictions in all runs.
+        call = replace(call, forms=self._forms)
         if call.step < self.probe and call.step in values:
             return call.predicted(values[call.step])
         earlier = [step for step in values if step < self.probe]

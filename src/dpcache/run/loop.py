@@ -40,6 +40,7 @@ class Call:
         step: index of the sampling step, 0 the first that the loop takes.
         branch: which of the step's denoiser calls this is.
         shape: of the denoiser's inputs, with dtype and device: a cached value only fits the same.
+        forms: what full calls of this loop returned.
     """
 
     step: int
@@ -47,15 +48,15 @@ class Call:
     shape: tuple[Any, ...]
     _tap: BoundaryTap
     _forward: Callable[[], Any]
-    _forms: Forms
+    forms: Forms
 
     def full(self) -> tuple[Any, torch.Tensor]:
         """Runs the denoiser in full; returns its output and the value at the boundary."""
-        return self._tap.full(self.branch, self._forward, self._forms)
+        return self._tap.full(self.branch, self._forward, self.forms)
 
     def predicted(self, value: torch.Tensor) -> Any:
         """Runs only what follows the boundary, on the value given. Comes after a full call of the same branch."""
-        return self._tap.predicted(self.branch, self._forward, value, self._forms)
+        return self._tap.predicted(self.branch, self._forward, value, self.forms)
 
 
 @dataclass(frozen=True)

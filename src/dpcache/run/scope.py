@@ -87,11 +87,16 @@ class Scope:
         self._on_close.append(undo)
 
     def close(self) -> None:
-        """Ends the call: no value is held afterwards."""
+        """Ends the call: no value is held afterwards, and no pipeline."""
         if self.loop is not None:
             self.loop.close()
+        self._begin = _no_loop
         while self._on_close:
             self._on_close.pop()()
+
+
+def _no_loop() -> "Loop":
+    raise RuntimeError("the call is over: no loop begins in it.")
 
 
 class _Outside:
