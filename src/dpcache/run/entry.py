@@ -10,7 +10,7 @@ import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -109,7 +109,8 @@ class Entry:
                 self._open += 1
         except DPCacheError as error:
             self.tell(f"{type(pipeline).__name__} computes every step in full: {error}")
-            return plain(*args, **kwargs)
+            with nullcontext() if scopes.is_any_open() else scopes.outside():
+                return plain(*args, **kwargs)
         scope = Scope(self.key, lambda: self._begin(pipeline, scope))
         args, kwargs = self._with_callbacks(pipeline, args, kwargs)
         result = None
