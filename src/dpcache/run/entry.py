@@ -25,11 +25,8 @@ from .caches import other_cache, replaced_forward
 from .denoisers import find_denoisers
 from .hooks import is_heard, listen, lock_of
 from .loop import Loop, Observer
-from .placement import Placement
+from .placement import ENTRY, Placement
 from .scope import Scope, Told
-
-ATTRIBUTE = "_dpcache_entry"
-"""Where a pipeline keeps its entry."""
 
 
 class Watcher(Protocol):
@@ -72,10 +69,10 @@ class Entry:
             self._owner = weakref.ref(pipeline)
             self._settle(pipeline)
             kind = _followed(type(pipeline))
-            vars(pipeline)[ATTRIBUTE] = self
+            vars(pipeline)[ENTRY] = self
             pipeline.__class__ = kind
         except BaseException:
-            vars(pipeline).pop(ATTRIBUTE, None) if hasattr(pipeline, "__dict__") else None
+            vars(pipeline).pop(ENTRY, None) if hasattr(pipeline, "__dict__") else None
             self.close()
             raise
 
@@ -92,9 +89,21 @@ class Entry:
         if not sys.is_finalizing():
             self.close()
 
+    @property
+    def is_busy(self) -> bool:
+        """Whether a call is under way, in whatever thread."""
+        return self._open > 0
+
+    def hear_new_scheduler(self, pipeline: Any) -> None:
+        """The pipeline got another scheduler: inside a call it is listened to at once, until the call ends."""
+        scope = scopes.current(self.key)
+        if scope is not None and hasattr(pipeline.scheduler, "step") and not self._is_heard(pipeline.scheduler):
+            for leave in self._hear(pipeline.scheduler):
+                scope.on_close(leave)
+
     def leave(self, pipeline: Any) -> None:
         """Makes a pipeline what it was: a shallow copy alone, or the one that was entered with all its copies."""
-        del vars(pipeline)[ATTRIBUTE]
+        del vars(pipeline)[ENTRY]
         pipeline.__class__ = type(pipeline).__base__
         if self._owner() in (pipeline, None):
             self.close()
@@ -130,9 +139,7 @@ class Entry:
 
     def _begin(self, pipeline: Any, scope: Scope) -> Loop:
         """A sampling loop begins, with the scheduler that the pipeline has by now."""
-        if not self._is_heard(pipeline.scheduler):
-            for leave in self._hear(pipeline.scheduler):
-                scope.on_close(leave)
+        self.hear_new_scheduler(pipeline)
         return Loop(self.watcher.begin(pipeline, self.tell))
 
     def _end(self, scope: Scope) -> None:
@@ -306,9 +313,15 @@ def _followed(kind: Any) -> type:
 
     @functools.wraps(kind.__call__)
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        entry: Entry | None = vars(self).get(ATTRIBUTE)
+        entry: Entry | None = vars(self).get(ENTRY)
         plain = partial(kind.__call__, self)
         return plain(*args, **kwargs) if entry is None else entry.call(self, plain, args, kwargs)
+
+    def set_attribute(self: Any, name: str, value: Any) -> None:
+        kind.__setattr__(self, name, value)
+        entry: Entry | None = vars(self).get(ENTRY)
+        if name == "scheduler" and entry is not None:
+            entry.hear_new_scheduler(self)
 
     def shallow_copy(self: Any) -> Any:
         new = object.__new__(type(self))
@@ -318,10 +331,15 @@ def _followed(kind: Any) -> type:
     def reduced(self: Any, protocol: Any) -> Any:
         """Pickled or copied deeply, it is a pipeline like any other."""
         _, _, state, *rest = kind.__reduce_ex__(self, protocol)
-        return _made, (kind,), {name: value for name, value in state.items() if name != ATTRIBUTE}, *rest
+        return _made, (kind,), {name: value for name, value in state.items() if name != ENTRY}, *rest
 
     names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    methods = {"__call__": call, "__copy__": shallow_copy, "__reduce_ex__": reduced}
+    methods = {
+        "__call__": call,
+        "__setattr__": set_attribute,
+        "__copy__": shallow_copy,
+        "__reduce_ex__": reduced,
+    }
     derived: type = type(kind)(kind.__name__, (kind,), {**names, **methods})
     return derived
 

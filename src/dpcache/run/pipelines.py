@@ -7,8 +7,9 @@ from typing import Any
 from dpcache.errors import CacheStateError
 
 from .adaptive import OnDrift
-from .entry import ATTRIBUTE, Entry
+from .entry import Entry
 from .follower import Following, Source, Stats
+from .placement import ENTRY
 
 
 def enable(
@@ -115,4 +116,4 @@ def require_disabled(pipeline: Any) -> None:
 
 def entry_of(pipeline: Any) -> Entry | None:
     """The entry of a pipeline; None if it has none."""
-    return vars(pipeline).get(ATTRIBUTE) if hasattr(pipeline, "__dict__") else None
+    return vars(pipeline).get(ENTRY) if hasattr(pipeline, "__dict__") else None

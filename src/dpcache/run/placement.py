@@ -17,6 +17,8 @@ from .boundary import BoundaryTap
 from .denoisers import as_called
 from .hooks import Hook, attach, detach, entrance, listen
 
+ENTRY = "_dpcache_entry"
+"""Where a pipeline keeps its entry."""
 #: So many calls outside of any pipeline look like a loop of one's own.
 _BARE_CALLS = 3
 
@@ -88,7 +90,7 @@ class Placement:
 
     def note_bare_call(self) -> None:
         """Counts calls that no pipeline makes; a loop of one's own is told once that it is not followed."""
-        if self._bare_calls >= _BARE_CALLS or scopes.is_any_open() or _is_called_by_another_pipeline(self.key):
+        if self._bare_calls >= _BARE_CALLS or scopes.is_any_open() or not _is_bare(self.key):
             return
         self._bare_calls += 1
         if self._bare_calls == _BARE_CALLS:
@@ -137,14 +139,17 @@ def _in_context(key: object, _: Any, context: Any, name: str, *__: Any, **___: A
     return noted()
 
 
-def _is_called_by_another_pipeline(key: object) -> bool:
-    """Whether a pipeline that this key does not belong to is on the stack: a twin that shares the denoiser."""
+def _is_bare(key: object) -> bool:
+    """Whether a call is made outside of pipelines, or by a method of this key's own one.
+
+    A twin that shares the denoiser is another; and what one calls in a thread of its own is told when the call ends.
+    """
     frame: Any = sys._getframe(2)
     while frame is not None:
         if frame.f_code.co_varnames[:1] == ("self",):
             caller = frame.f_locals.get("self")
             if not isinstance(caller, nn.Module) and hasattr(caller, "scheduler"):
-                entry = vars(caller).get("_dpcache_entry") if hasattr(caller, "__dict__") else None
-                return getattr(entry, "key", None) is not key
+                entry: Any = getattr(caller, "__dict__", {}).get(ENTRY)
+                return getattr(entry, "key", None) is key and not entry.is_busy
         frame = frame.f_back
-    return False
+    return True
