@@ -202,7 +202,7 @@ def _limit(subject: Subject, calibration: dpcache.Calibration) -> float:
     from dpcache.run.adaptive import Found, Guide
 
     schedule = calibration.plan(13)
-    guide, found, keys = Guide(calibration, schedule, {}, False), Found(), schedule.key_steps
+    guide, found, keys = Guide(calibration, schedule, dpcache.Recipe(), False), Found(), schedule.key_steps
     for place in range(1, len(keys)):
         found.add(guide.usual.logarithms(keys[max(place - 3, 0) : place], keys[place]), 0.0)
     known = found.drift()

@@ -109,7 +109,7 @@ def main() -> None:
     bench = Bench("tiny-flux", options.inputs, STEPS)
     schedules = {
         "one plan, Taylor 2": bench.calibration.plan(options.key_steps),
-        "one plan, Taylor 1": bench.calibration.plan(options.key_steps, order=1),
+        "one plan, Taylor 1": bench.calibration.plan(options.key_steps, recipe=dpcache.Recipe(order=1)),
         "even spacing, Taylor 2": dpcache.Schedule.uniform(options.key_steps, STEPS),
         "optimized": bench.selected(options.key_steps),
     }

@@ -19,7 +19,7 @@ import numpy as np
 import dpcache
 from benchmarks.results import RESULTS, ROOT, STEPS, Pictures, Row, Subject, _plain, _rounded, scores, table
 from dpcache.measure.trials import average_error
-from dpcache.search.selection import Recipe
+from dpcache.plan.recipe import Recipe
 from dpcache.zoo import BUNDLED
 
 BUDGETS = (13, 9)
@@ -85,7 +85,7 @@ def recipes(subject: Planned, calibration: dpcache.Calibration, full: Pictures) 
     rows = []
     for budget in BUDGETS:
         for name, recipe in RECIPES.items():
-            schedule = calibration.plan(budget, **vars(recipe))
+            schedule = calibration.plan(budget, recipe=recipe)
             found = scores(full, subject.draw(schedule)[0])
             rows.append({"k": budget, "recipe": name, "key_steps": schedule.key_steps, **_means(found)})
     return rows
@@ -113,7 +113,7 @@ def calibration_sets(subject: Planned, full: Pictures) -> list[Row]:
         calibration = subject.calibrated(inputs)
         ways = {
             "default": subject.selected(calibration, 13, num_trials=5, tune=1),
-            "paper": calibration.plan(13, method="paper"),
+            "paper": calibration.plan(13, recipe=Recipe(method="paper")),
         }
         for way, schedule in ways.items():
             found = scores(full, subject.draw(schedule)[0])

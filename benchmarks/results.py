@@ -119,7 +119,7 @@ def fidelity(subject: Subject, calibration: dpcache.Calibration, full: Pictures)
     for budget in BUDGETS[subject.model.name]:
         ways = {
             "planned": calibration.plan(budget),
-            'planned, method="paper"': calibration.plan(budget, method="paper"),
+            'planned, method="paper"': calibration.plan(budget, recipe=dpcache.Recipe(method="paper")),
             "uniform Taylor": dpcache.Schedule.uniform(budget, STEPS),
         }
         for way, schedule in ways.items():
@@ -139,9 +139,9 @@ def calibration_size(subject: Subject, full: Pictures) -> list[Row]:
     calibrations = {name: subject.calibrate(inputs) for name, inputs in sets.items()}
     rows = []
     for method in ("sampler", "paper"):
-        most = set(calibrations[f"{SAMPLES[-1]}"].plan(13, method=method).key_steps)
+        most = set(calibrations[f"{SAMPLES[-1]}"].plan(13, recipe=dpcache.Recipe(method=method)).key_steps)
         for name, calibration in calibrations.items():
-            schedule = calibration.plan(13, method=method)
+            schedule = calibration.plan(13, recipe=dpcache.Recipe(method=method))
             row = {"method": method, "inputs": name, "key_steps": schedule.key_steps}
             row["shared"] = len(most & set(schedule.key_steps))
             rows.append(row | scores(full, subject.draw(schedule)[0]))

@@ -5,7 +5,8 @@ import pytest
 
 import dpcache
 from dpcache.judge.metrics import psnr
-from dpcache.search.selection import RECIPES, Recipe
+from dpcache.plan.recipe import Recipe
+from dpcache.search.selection import RECIPES
 from tests.conftest import PROMPT, QUICK, STEPS, draw
 
 PROMPTS = [PROMPT, "a large blue star on a grey background, right", "a medium pink cross on a black background, top"]
@@ -48,7 +49,7 @@ def test_the_best_when_run_is_chosen(flux, calibration):
     settings = {"inputs": PROMPTS, "recipes": FEW, "tune": 0, "progress": False, **CALL}
     chosen = dpcache.select(flux, calibration, 5, **settings)
     assert chosen == dpcache.select(flux, calibration, 5, **settings)
-    plans = [calibration.plan(5, **vars(recipe)) for recipe in FEW]
+    plans = [calibration.plan(5, recipe=recipe) for recipe in FEW]
     keys = [(plan.key_steps, plan.predictions) for plan in plans]
     assert (chosen.key_steps, chosen.predictions) in keys
     assert chosen.num_key_steps == 5

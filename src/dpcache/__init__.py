@@ -31,10 +31,11 @@ if TYPE_CHECKING:
     from .measure.measuring import calibrate
     from .measure.paper import paper_cost
     from .plan.planner import Plan, plan, plan_all
+    from .plan.recipe import Recipe
     from .plan.schedule import Schedule
     from .run.cache import Stats, disable, enable, enabled, stats
     from .run.layouts import register_denoiser
-    from .search.selection import Recipe, optimize, select
+    from .search.selection import optimize, select
     from .zoo import load_pipeline
 
 __version__ = "0.1.0"
@@ -55,7 +56,7 @@ _HOME = {
     "MissingExtraError": "errors",
     "PromptError": "errors",
     "Plan": "plan.planner",
-    "Recipe": "search.selection",
+    "Recipe": "plan.recipe",
     "Sample": "judge.comparison",
     "Schedule": "plan.schedule",
     "ScheduleMismatchError": "errors",

@@ -4,18 +4,20 @@ The cost of a hop from key step j to the next one k depends on the key step i be
 over *pairs* of key steps (i, j). Keeping one predecessor per step, as the recurrence in the paper does, can miss it.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from dpcache.checks import whole
 from dpcache.errors import InfeasibleBudgetError
+
+from .recipe import Objective
 
 Array = npt.NDArray[np.float64]
 #: What a path costs: the sum of its hops, or the largest of them.
-Objective = Literal["sum", "max"]
 _TOGETHER: dict[Objective, np.ufunc] = {"sum": np.add, "max": np.maximum}
 #: So many numbers are worked on at once: they stay in a processor's cache, and small problems take one call of numpy.
 _AT_ONCE = 2**15
@@ -62,8 +64,7 @@ def plan(
         ValueError: an argument out of range, or a cost tensor of the wrong shape or with NaN.
     """
     search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective, banded)
-    if not 1 <= num_key_steps <= search.steps:
-        raise ValueError(f"num_key_steps must be from 1 to the number of steps ({search.steps}), got {num_key_steps}.")
+    num_key_steps = checked_budget(num_key_steps, search.steps)
     search.run(num_key_steps)
     if found := search.best([num_key_steps]):
         return found[num_key_steps]
@@ -139,6 +140,18 @@ def _exists(steps: int, width: int) -> npt.NDArray[np.bool_]:
     j, gap, ahead = np.ogrid[:steps, : width + 1, : width + 1]
     exists: npt.NDArray[np.bool_] = (gap <= j) & ((gap > 0) | (j == 0)) & (ahead > 0) & (j + ahead <= steps)
     return exists
+
+
+def checked_budget(num_key_steps: int, num_steps: int) -> int:
+    """K, if it is a whole number from 1 to T.
+
+    Raises:
+        TypeError, ValueError: it is not.
+    """
+    found = whole("num_key_steps", num_key_steps, -sys.maxsize)
+    if not 1 <= found <= num_steps:
+        raise ValueError(f"num_key_steps must be from 1 to the number of steps ({num_steps}), got {found}.")
+    return found
 
 
 class _Search:

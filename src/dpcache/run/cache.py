@@ -5,11 +5,13 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Never
 
 import torch
 
+from dpcache.checks import no_more_arguments
 from dpcache.errors import CacheStateError, ScheduleMismatchError
+from dpcache.plan.recipe import RECIPE_FIELDS, Recipe
 from dpcache.plan.schedule import Schedule, Term
 
 from .adaptive import LEAST_INPUTS, Decision, Found, Guide
@@ -60,16 +62,20 @@ def enable(
     pipeline: Any,
     schedule: "Schedule | Calibration",
     *,
+    num_key_steps: int | None = None,
+    speedup: float | None = None,
+    max_error: float | None = None,
+    recipe: Recipe | None = None,
     offload: bool = False,
     adaptive: bool = False,
     on_drift: OnDrift | None = None,
-    **planning: Any,
+    **unknown: Never,
 ) -> None:
     """Makes every following call of the pipeline follow the schedule, until `disable`.
 
     Given a calibration instead, every call follows a schedule planned for its own noise levels, whatever its number of
-    steps, shift or resolution: planned when such a call first comes, and remembered. `planning` are arguments of
-    `Calibration.plan`, for example `num_key_steps` (a call with no more steps is computed in full) or `speedup`.
+    steps, shift or resolution: planned when such a call first comes, and remembered. How is said by one of
+    `num_key_steps`, `speedup` and `max_error`, and by `recipe`.
 
     A loop that begins at a later step of the schedule's grid, like image-to-image with a strength, follows what is left
     of the schedule (see `Schedule.from_step`). So does, within a loop, a branch whose cached values fit no longer: it
@@ -79,6 +85,10 @@ def enable(
     Args:
         pipeline: a diffusers pipeline.
         schedule: what to follow.
+        num_key_steps: with a calibration, K; a call with no more steps is computed in full.
+        speedup: with a calibration, T / K instead.
+        max_error: with a calibration, the largest expected error instead (see `Calibration.plan`).
+        recipe: with a calibration, how to plan.
         offload: keep the cached values in host memory (pinned, for a GPU) and bring them back a piece at a time. Takes
             next to nothing of the device's memory, and at every skipped step the time to copy up to order + 1 values:
             worth it for long videos, where a value takes hundreds of megabytes and a full step many seconds.
@@ -91,7 +101,7 @@ def enable(
             calibration inputs that the calibration does not fit: `"warn"`, once; compute the rest of the generation in
             `"full"`, and warn; or `"ignore"`. To warn nothing is read from the device before the last step; `"full"`
             reads a number at every key step. Unless given `"warn"`, with at least four calibration inputs.
-        planning: with a calibration, arguments of `Calibration.plan`.
+        unknown: refused.
 
     Raises:
         CacheStateError: it is enabled already.
@@ -99,8 +109,11 @@ def enable(
         UnsupportedPipelineError: the pipeline cannot be followed, or not at the schedule's boundary.
         CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan`. A call whose noise levels are beyond
             those of the calibration raises GridError, after its first step.
-        TypeError: what only a calibration can do was asked for with a schedule.
+        TypeError: what only a calibration can do was asked for with a schedule, or an argument that there is none of.
     """
+    no_more_arguments(enable, unknown, RECIPE_FIELDS)
+    asked = {"num_key_steps": num_key_steps, "speedup": speedup, "max_error": max_error, "recipe": recipe}
+    planning: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
     require_disabled(pipeline)
     plans = None
     if not isinstance(schedule, Schedule):
@@ -108,9 +121,9 @@ def enable(
         plans = Plans(schedule, planning, adaptive=adaptive, watched=on_drift != "ignore")
         schedule, _ = plans.own
     else:
-        asked = [*planning, *(["adaptive"] if adaptive else []), *(["on_drift"] if on_drift else [])]
-        if asked:
-            raise TypeError(f"a schedule is planned already: {', '.join(asked)} can be given with a calibration only.")
+        given = [*planning, *(["adaptive"] if adaptive else []), *(["on_drift"] if on_drift else [])]
+        if given:
+            raise TypeError(f"a schedule is planned already: {', '.join(given)} can be given with a calibration only.")
     cache = Cache(schedule, offload, plans, on_drift or "ignore")
     identity = identify(find_denoisers(pipeline))
     if schedule.model is not None and not schedule.model.admits(identity):

@@ -6,6 +6,7 @@ import numpy as np
 
 from dpcache.errors import GridError
 from dpcache.plan.grids import NoiseGrid
+from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Schedule
 
 from .adaptive import Guide
@@ -14,6 +15,7 @@ from .schedulers import noise_grid, noise_levels, prediction_type
 if TYPE_CHECKING:
     from dpcache.measure.calibration import Calibration
 
+#: What adaptive plans can differ in.
 _JUDGED = ("predictor", "order", "measured", "power")
 
 
@@ -22,13 +24,14 @@ class Plans:
 
     Args:
         calibration: what to plan from.
-        settings: of `Calibration.plan`. A loop with no more steps than `num_key_steps` is computed in full.
+        settings: num_key_steps, speedup or max_error, and recipe, as `Calibration.plan` has them. A loop with no more
+            steps than `num_key_steps` is computed in full.
         adaptive: whether generations may leave the schedule (see `dpcache.run.adaptive`).
         watched: whether errors at key steps are compared with those of the calibration.
 
     Raises:
         CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan` on the calibration's own grid.
-        TypeError: a setting that adaptive plans do not have.
+        TypeError: a field of the recipe that adaptive plans do not have.
     """
 
     def __init__(
@@ -36,7 +39,10 @@ class Plans:
     ) -> None:
         self.calibration, self.settings = calibration, settings
         self._adaptive, self._watched = adaptive, watched
-        if adaptive and (fixed := set(settings) - {"num_key_steps", "speedup", "max_error", *_JUDGED}):
+        self._recipe: Recipe = settings.get("recipe", Recipe())
+        plain = Recipe(**{name: getattr(self._recipe, name) for name in _JUDGED})
+        fixed = [name for name, value in vars(self._recipe).items() if value != getattr(plain, name)]
+        if adaptive and fixed:
             raise TypeError(f"adaptive plans have no {', '.join(sorted(fixed))}: leave it out, or adaptive=True.")
         #: For the grid that was recorded.
         self.own = self._planned(calibration)
@@ -73,6 +79,5 @@ class Plans:
         schedule = calibration.plan(**settings)
         if not self._adaptive and not self._watched:
             return schedule, None
-        judged = {name: settings[name] for name in _JUDGED if name in settings}
-        guide = Guide(calibration, schedule, judged, self._adaptive)
+        guide = Guide(calibration, schedule, self._recipe, self._adaptive)
         return guide.start, guide

@@ -16,10 +16,10 @@ from tqdm.auto import tqdm
 
 from dpcache.errors import CalibrationError, InfeasibleBudgetError
 from dpcache.files.journal import Journal, digest
-from dpcache.measure.calibration import Calibration, Method, PredictorName
+from dpcache.measure.calibration import Calibration
 from dpcache.measure.measuring import TRIAL_SEED, calibrate
 from dpcache.measure.trials import Trial, average_error
-from dpcache.plan.planner import Objective
+from dpcache.plan.recipe import PredictorName, Recipe
 from dpcache.plan.schedule import Boundary, Schedule
 from dpcache.run.cache import require_disabled
 from dpcache.run.inputs import Input, call_arguments, seeded
@@ -30,45 +30,6 @@ from .tuning import RIDGES, Direction, directions, normal_equations, proposals
 FITTED_SHARE = 0.6
 #: So many candidates are run in all trials and tuned, however badly one of them fares in the first.
 FINALISTS = 3
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One way to plan.
-
-    Attributes:
-        predictor: what predicts (see `Calibration.predictor`).
-        order: its order.
-        measured: what of the measured sensitivity to believe, 0 to 1 (see `Calibration.weights`).
-        method: how errors are judged (see `Calibration.cost`).
-        power: of errors in the cost (see `costs.sampler_cost`).
-        objective: what is made least, the sum over the hops or the largest.
-        first_key_steps: steps forced at the beginning; None as many as the method wants.
-        last_key_steps: steps forced at the end.
-    """
-
-    predictor: PredictorName = "taylor"
-    order: int = 2
-    measured: float | None = None
-    method: Method = "sampler"
-    power: float = 2.0
-    objective: Objective = "sum"
-    first_key_steps: int | None = None
-    last_key_steps: int = 0
-
-    def __str__(self) -> str:
-        parts = [f"{self.predictor} of order {self.order}, {self.method} cost"]
-        if self.measured is not None:
-            parts.append(f"{self.measured:.0%} of the measured sensitivity")
-        if self.power != 2:
-            parts.append(f"errors to the power {self.power:g}")
-        if self.objective != "sum":
-            parts.append("least largest hop")
-        if self.first_key_steps is not None:
-            parts.append(f"{self.first_key_steps} forced at the start")
-        if self.last_key_steps:
-            parts.append(f"{self.last_key_steps} forced at the end")
-        return ", ".join(parts)
 
 
 _PREDICTORS: tuple[tuple[PredictorName, int], ...] = (("taylor", 1), ("taylor", 2), ("fitted", 2))
@@ -369,7 +330,7 @@ def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[
         if recipe.measured and not calibration.is_measured:
             continue
         try:
-            schedule = calibration.plan(num_key_steps, **vars(recipe))
+            schedule = calibration.plan(num_key_steps, recipe=recipe)
         except InfeasibleBudgetError as error:
             infeasible = error
         else:
@@ -399,7 +360,7 @@ def _moves(best: _Candidate, calibration: Calibration, count: int) -> Iterator[_
             return
         for steps in fresh:
             tried.add(steps)
-            candidate = _Candidate(calibration.schedule(steps, best.recipe.predictor, best.recipe.order), best.recipe)
+            candidate = _Candidate(calibration.schedule(steps, best.recipe), best.recipe)
             yield candidate
             count -= 1
             if not count:
