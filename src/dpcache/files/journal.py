@@ -10,7 +10,7 @@ from typing import Any
 from dpcache.errors import FileFormatError
 
 FORMAT = "dpcache.journal"
-VERSION = 1
+VERSION = 2
 
 
 class Journal:
@@ -41,17 +41,19 @@ class Journal:
         if name not in self._known:
             self._known[name] = measure()
             if self._path is not None:
-                self._write({"name": name, "result": self._known[name]})
+                self._write(_entry(name, self._known[name]))
         return self._known[name]
 
     def _read(self, head: dict[str, Any]) -> None:
         assert self._path is not None
         # The last line may have been cut short by what interrupted the search.
-        *lines, last = self._path.read_text(encoding="utf-8").split("\n")
         try:
+            *lines, last = self._path.read_text(encoding="utf-8").split("\n")
             found, *entries = (json.loads(line) for line in lines)
             self._known = {entry["name"]: entry["result"] for entry in entries}
-        except (ValueError, KeyError, TypeError) as error:
+            if any(entry != _entry(entry["name"], entry["result"]) for entry in entries):
+                raise ValueError("a line was edited")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{self._path} is not a checkpoint of dpcache: delete it or name another.") from error
         if found != head:
             raise FileFormatError(
@@ -65,6 +67,10 @@ class Journal:
         assert self._path is not None
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(entry) + "\n")
+
+
+def _entry(name: str, result: Any) -> dict[str, Any]:
+    return {"name": name, "result": result, "digest": digest([name, result])}
 
 
 def digest(value: Any) -> str:

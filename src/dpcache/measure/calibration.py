@@ -30,7 +30,7 @@ Array = npt.NDArray[np.float64]
 MEASURED = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Calibration(HubFile):
     """What was measured of predicting instead of computing, for one model and one sampling grid.
 
@@ -61,6 +61,23 @@ class Calibration(HubFile):
     probes: Array
     tried: Array
     tried_error: Array
+
+    def __eq__(self, other: object) -> bool:
+        """Whether facts and tensors are the same, bit for bit."""
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        pairs = ((getattr(self, name), getattr(other, name)) for name in TENSORS)
+        return self.facts == other.facts and all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]  # arrays may change
+
+    def __repr__(self) -> str:
+        facts = self.facts
+        inputs = "1 input" if facts.num_inputs == 1 else f"{facts.num_inputs} inputs"
+        parts = [f"T={facts.num_inference_steps}", inputs, f"boundary={facts.boundary!r}"]
+        if self.is_measured:
+            parts.append("sensitivity measured")
+        return f"Calibration({', '.join(parts)}, for {facts.model.denoiser})"
 
     @property
     def is_measured(self) -> bool:
