@@ -190,27 +190,3 @@ def test_as_few_key_steps_as_an_error_allows(flux):
         trial.arguments |= {"output_type": "latent", "generator": torch.Generator().manual_seed(77)}
         trial.run_in_full()
         assert expected[k] / 4 < trial.error(calibration.plan(k)) < expected[k] * 4
-
-
-def test_inputs_shared_out_among_processes(flux, tmp_path):
-    """Two processes, three inputs: both end with the calibration that one process makes of them."""
-    prompts = [*PROMPTS, "a medium pink cross on a black background, top"]
-    torch.multiprocessing.spawn(calibrate_with_others, (2, prompts, tmp_path), nprocs=2)
-    alone = dpcache.calibrate(flux, prompts, sensitivity="measured", progress=False, **QUICK)
-    for rank in range(2):
-        together = dpcache.Calibration.load(tmp_path / f"{rank}.safetensors")
-        assert together.facts == alone.facts
-        for settings in ({}, {"method": "paper"}):
-            np.testing.assert_allclose(together.cost(**settings), alone.cost(**settings), rtol=1e-5, atol=1e-12)
-        np.testing.assert_allclose(together.tried_error, alone.tried_error, rtol=1e-2)
-    with pytest.raises(dpcache.CalibrationError, match="accelerate launch"):
-        dpcache.calibrate(flux, prompts, distribute=True, progress=False, **QUICK)
-
-
-def calibrate_with_others(rank: int, ranks: int, prompts: list[str], folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    pipe = dpcache.load_pipeline("tiny-flux", device="cpu")
-    more = {"sensitivity": "measured", "distribute": True, "progress": False, **QUICK}
-    dpcache.calibrate(pipe, prompts, **more).save(folder / f"{rank}.safetensors")
-    torch.distributed.destroy_process_group()

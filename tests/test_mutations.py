@@ -124,7 +124,7 @@ def use_schedule(path: Path) -> None:
 
 
 def use_journal(path: Path) -> None:
-    journal = Journal(path, "about")
+    journal = Journal(path, {"inputs": ["a ring"], "seed": 0})
     assert journal.get("one", lambda: 0.25) == 0.25
     assert journal.get("two", lambda: [[1.0], [2.0]]) == [[1.0], [2.0]]
 

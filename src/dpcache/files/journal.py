@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,18 @@ class Journal:
 
     Args:
         path: a file of JSON lines; None remembers in memory alone.
-        about: what the results depend on beside their names. A file of something else is refused.
+        about: what the results depend on beside their names, each by what people call it. A file of something else is
+            refused.
 
     Raises:
         FileFormatError: the file is something else.
     """
 
-    def __init__(self, path: "str | os.PathLike[str] | None", about: Any) -> None:
+    def __init__(self, path: "str | os.PathLike[str] | None", about: Mapping[str, Any]) -> None:
         self._path = Path(path) if path is not None else None
         self._known: dict[str, Any] = {}
-        head = {"format": FORMAT, "version": VERSION, "about": digest(about)}
+        marks = {name: digest(value) for name, value in about.items()}
+        head = {"format": FORMAT, "version": VERSION, "about": marks}
         if self._path is None:
             return
         if self._path.exists():
@@ -57,8 +59,8 @@ class Journal:
             raise FileFormatError(f"{self._path} is not a checkpoint of dpcache: delete it or name another.") from error
         if found != head:
             raise FileFormatError(
-                f"{self._path} belongs to another search, of other inputs, settings or another model: delete it or "
-                "name another."
+                f"{self._path} belongs to another search, with other {_changed(found, head)}: delete it or name "
+                "another."
             )
         if last:
             self._path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -69,10 +71,30 @@ class Journal:
             file.write(json.dumps(entry) + "\n")
 
 
+def _changed(found: Any, head: dict[str, Any]) -> str:
+    """What of the head of a journal is not as it should be."""
+    known = found.get("about") if isinstance(found, dict) else None
+    if not isinstance(known, dict) or {**found, "about": head["about"]} != head:
+        return "results, or of another version"
+    return " and ".join(name for name, mark in head["about"].items() if known.get(name) != mark) or "parts"
+
+
 def _entry(name: str, result: Any) -> dict[str, Any]:
     return {"name": name, "result": result, "digest": digest([name, result])}
 
 
 def digest(value: Any) -> str:
-    """A short name for anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A short name for a value: JSON, and arrays, tensors, pictures and generators of random numbers in it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_described).encode()).hexdigest()[:16]
+
+
+def _described(value: Any) -> Any:
+    """What JSON cannot hold, as something it can that tells two of them apart."""
+    if hasattr(value, "get_state"):  # torch's generator
+        value = value.get_state()
+    if hasattr(value, "detach"):  # torch's tensor; its text leaves out most of it
+        value = value.detach().cpu().double().numpy()
+    if hasattr(value, "tobytes"):  # an array or a picture
+        shape = list(getattr(value, "shape", getattr(value, "size", ())))
+        return [type(value).__name__, shape, hashlib.sha256(value.tobytes()).hexdigest()]
+    return str(value)

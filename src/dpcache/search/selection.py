@@ -3,6 +3,7 @@
 No single way of planning wins on every model, but trying one is cheap: a run with K key steps costs K full calls.
 """
 
+import hashlib
 import itertools
 import math
 import os
@@ -17,6 +18,7 @@ from tqdm.auto import tqdm
 from dpcache.errors import CalibrationError, InfeasibleBudgetError
 from dpcache.files.journal import Journal, digest
 from dpcache.measure.calibration import Calibration
+from dpcache.measure.fingerprint import fingerprint
 from dpcache.measure.measuring import TRIAL_SEED, calibrate
 from dpcache.measure.trials import Trial, average_error
 from dpcache.plan.recipe import PredictorName, Recipe
@@ -174,8 +176,9 @@ def select(
     }
     judging = call_arguments(_known(inputs, calibration), defaults)
     fitting = call_arguments(_known(fitting_inputs, calibration), defaults)
-    about = [judging, fitting, seed, calibration.facts.model_dump(), calibration.gram.tobytes().hex()[:64]]
-    journal = Journal(checkpoint, about)
+    journal = Journal(
+        checkpoint, _about(pipeline, calibration, judging, fitting, seed) if checkpoint is not None else {}
+    )
     most = _most_runs(len(candidates), len(judging), len(fitting), num_key_steps, num_trials, tune, polish)
     with tqdm(desc="select", unit="run", total=most, disable=not progress) as bar:
         search = _Search(
@@ -193,6 +196,18 @@ def select(
         bar.total = bar.n  # most of what a journal knows, or nothing improves on, is not run
     source = f"best of {len(candidates)} plans in {len(search.judging)} trials{best.tuned}: {best.recipe}"
     return best.schedule.model_copy(update={"error": best.average(), "expected_error": None, "source": source})
+
+
+def _about(pipeline: Any, calibration: Calibration, judging: Any, fitting: Any, seed: int) -> dict[str, Any]:
+    """What the results of a search depend on."""
+    found = fingerprint(pipeline)
+    return {
+        "inputs": [judging, fitting],
+        "seed": seed,
+        "calibration": [calibration.facts.model_dump(), hashlib.sha256(calibration.gram.tobytes()).hexdigest()],
+        "scheduler": found.scheduler,
+        "model, adapter or weights": [found.pipeline, found.model, found.weights],
+    }
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """`dpcache optimize`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -44,13 +45,14 @@ def optimize(
         check_folder(checkpoint)
     pipeline, inputs = load(model, inputs, arguments)
 
+    from dpcache.measure.fingerprint import fingerprint
     from dpcache.search.selection import optimize as run
 
-    from .partial import fingerprint, kept
+    from .partial import kept
 
     terminal.note(f"optimizing {num_key_steps} of {steps} steps of {model} on {terminal.counted(len(inputs), 'input')}")
     about = {
-        "model": [model, fingerprint(pipeline)],
+        "model": [model, asdict(fingerprint(pipeline))],
         "prompts": inputs,
         "--steps": steps,
         "--boundary": boundary,
