@@ -18,7 +18,7 @@ from typing import Any
 import dpcache
 from benchmarks.bench import Bench, Outcome, Setting
 from benchmarks.peer_methods import scheduled
-from benchmarks.results import RESULTS, STEPS, scores, table
+from benchmarks.subjects import RESULTS, STEPS, scores, table
 from dpcache.integrations import cache_dit as exports
 from dpcache.run.denoisers import find_blocks, find_denoisers
 

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import dpcache
-from benchmarks.results import RESULTS, ROOT, STEPS, Pictures, Row, Subject, _plain, _rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, STEPS, Pictures, Row, Subject, plain, rounded, scores, table
 from dpcache.measure.trials import average_error
 from dpcache.plan.recipe import Recipe
 from dpcache.zoo import BUNDLED
@@ -263,8 +263,8 @@ def main() -> None:
         parser.error(f"no bundled model named {', '.join(sorted(unknown))}; there are {', '.join(BUNDLED)}")
     options.out.mkdir(parents=True, exist_ok=True)
     for model in () if options.page_only else options.models or BUNDLED:
-        result = json.loads(json.dumps(measure(model, options.inputs, options.converged_inputs), default=_plain))
-        (options.out / f"planning_{model}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n")
+        result = json.loads(json.dumps(measure(model, options.inputs, options.converged_inputs), default=plain))
+        (options.out / f"planning_{model}.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
     paths = [options.out / f"planning_{model}.json" for model in BUNDLED]
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     where = ROOT / "docs" / "planning.md" if options.out == RESULTS else options.out / "planning.md"

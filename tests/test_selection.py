@@ -60,14 +60,6 @@ def test_the_best_when_run_is_chosen(flux, calibration):
     assert "9 trials" in chosen.source
 
 
-def test_polish_never_returns_a_worse_plan(flux, calibration):
-    settings = {"inputs": PROMPTS[:1], "recipes": FEW[3:], "num_trials": 1, "tune": 0, "progress": False, **CALL}
-    plain = dpcache.select(flux, calibration, 5, **settings)
-    errors = [dpcache.select(flux, calibration, 5, polish=runs, **settings).error for runs in (1, 4, 12)]
-    assert plain.error >= errors[0] >= errors[1] >= errors[2]
-    assert errors[2] < plain.error
-
-
 def test_tuning_never_returns_a_worse_schedule(flux, calibration):
     settings = {"inputs": PROMPTS[2:], "recipes": FEW[3:], "num_trials": 2, "progress": False, **CALL}
     plain, once, twice = (dpcache.select(flux, calibration, 5, tune=rounds, **settings) for rounds in (0, 1, 2))

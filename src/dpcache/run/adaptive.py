@@ -25,7 +25,7 @@ from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Schedule
 
 if TYPE_CHECKING:
-    from dpcache.measure.calibration import Calibration
+    from .plans import Calibrated
 
 Array = npt.NDArray[np.float64]
 
@@ -152,7 +152,7 @@ class Guide:
         CalibrationError: it is of too few inputs to know how they differ.
     """
 
-    def __init__(self, calibration: "Calibration", schedule: Schedule, recipe: Recipe, adaptive: bool) -> None:
+    def __init__(self, calibration: "Calibrated", schedule: Schedule, recipe: Recipe, adaptive: bool) -> None:
         if len(calibration.value_gram) < LEAST_INPUTS:
             raise CalibrationError(
                 f"{len(calibration.value_gram)} calibration inputs do not tell how much inputs differ: calibrate on "

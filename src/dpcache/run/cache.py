@@ -5,7 +5,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, Never
+from typing import Any, Literal, Never
 
 import torch
 
@@ -16,12 +16,9 @@ from dpcache.plan.schedule import Schedule, Term
 
 from .adaptive import LEAST_INPUTS, Decision, Found, Guide
 from .denoisers import find_denoisers, identify
-from .plans import Plans
+from .plans import Calibrated, Plans
 from .sums import keep, weighted_sum, with_correction
 from .watch import Branch, Call, Grid, Moved, Watch
-
-if TYPE_CHECKING:
-    from dpcache.measure.calibration import Calibration
 
 #: What to do where a sample's errors are beyond those of the calibration inputs.
 OnDrift = Literal["warn", "full", "ignore"]
@@ -60,7 +57,7 @@ class Stats:
 
 def enable(
     pipeline: Any,
-    schedule: "Schedule | Calibration",
+    schedule: Schedule | Calibrated,
     *,
     num_key_steps: int | None = None,
     speedup: float | None = None,
@@ -150,7 +147,7 @@ def disable(pipeline: Any) -> None:
 
 
 @contextmanager
-def enabled(pipeline: Any, schedule: "Schedule | Calibration", **how: Any) -> Iterator[Any]:
+def enabled(pipeline: Any, schedule: Schedule | Calibrated, **how: Any) -> Iterator[Any]:
     """`enable` on entering, with its arguments; `disable` on leaving, also after an exception. Yields the pipeline."""
     enable(pipeline, schedule, **how)
     try:

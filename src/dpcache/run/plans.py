@@ -1,22 +1,55 @@
 """Plans from one calibration for whatever grids a pipeline is called with, each made when the grid is first met."""
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from dpcache.errors import GridError
 from dpcache.plan.grids import NoiseGrid
-from dpcache.plan.recipe import Recipe
+from dpcache.plan.predictors import Predictor
+from dpcache.plan.recipe import PredictorName, Recipe
 from dpcache.plan.schedule import Schedule
 
 from .adaptive import Guide
 from .schedulers import noise_grid, noise_levels, prediction_type
 
-if TYPE_CHECKING:
-    from dpcache.measure.calibration import Calibration
-
+Array = npt.NDArray[np.float64]
 #: What adaptive plans can differ in.
 _JUDGED = ("predictor", "order", "measured", "power")
+
+
+class Facts(Protocol):
+    """What is known of the grid that was calibrated on."""
+
+    @property
+    def num_inference_steps(self) -> int: ...
+    @property
+    def scheduler(self) -> str: ...
+
+
+class Calibrated(Protocol):
+    """What plans are made from: a `dpcache.Calibration`, as far as it is needed here."""
+
+    @property
+    def facts(self) -> Facts: ...
+    @property
+    def value_gram(self) -> Array: ...
+    @property
+    def grid(self) -> NoiseGrid | None: ...
+    def on_grid(self, num_inference_steps: int | None = None, *, scheduler: Any = None) -> "Calibrated": ...
+    def predictor(self, name: PredictorName = ..., order: int | None = ...) -> Predictor: ...
+    def cost(self, recipe: Recipe = ...) -> Array: ...
+    def schedule(self, key_steps: Sequence[int], recipe: Recipe = ...) -> Schedule: ...
+    def plan(
+        self,
+        num_key_steps: int | None = ...,
+        *,
+        speedup: float | None = ...,
+        max_error: float | None = ...,
+        recipe: Recipe = ...,
+    ) -> Schedule: ...
 
 
 class Plans:
@@ -35,7 +68,7 @@ class Plans:
     """
 
     def __init__(
-        self, calibration: "Calibration", settings: dict[str, Any], *, adaptive: bool = False, watched: bool = False
+        self, calibration: Calibrated, settings: dict[str, Any], *, adaptive: bool = False, watched: bool = False
     ) -> None:
         self.calibration, self.settings = calibration, settings
         self._adaptive, self._watched = adaptive, watched
@@ -71,7 +104,7 @@ class Plans:
             )
         return self._known[levels]
 
-    def _planned(self, calibration: "Calibration") -> tuple[Schedule, Guide | None]:
+    def _planned(self, calibration: Calibrated) -> tuple[Schedule, Guide | None]:
         steps, settings = calibration.facts.num_inference_steps, dict(self.settings)
         for name in ("num_key_steps", "speedup"):
             if settings.get(name) is not None:

@@ -7,7 +7,7 @@ import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,6 @@ def optimize(
     boundary: Boundary = "blocks",
     num_trials: int = 8,
     tune: int = 2,
-    polish: int = 0,
     seed: int = 0,
     progress: bool = True,
     checkpoint: "str | os.PathLike[str] | None" = None,
@@ -74,7 +73,6 @@ def optimize(
         boundary: what to cache and predict (see `calibrate`).
         num_trials: as in `select`.
         tune: as in `select`.
-        polish: as in `select`.
         seed: of the noise.
         progress: show progress bars.
         checkpoint: a directory that keeps what was measured: called again with it, the rest is done.
@@ -105,7 +103,6 @@ def optimize(
         fitting_inputs=inputs[:fitted],
         num_trials=num_trials,
         tune=tune,
-        polish=polish,
         seed=seed,
         progress=progress,
         checkpoint=Path(checkpoint) / f"select-{num_key_steps}.jsonl" if checkpoint is not None else None,
@@ -123,7 +120,6 @@ def select(
     recipes: Sequence[Recipe] = RECIPES,
     num_trials: int = 8,
     tune: int = 2,
-    polish: int = 0,
     seed: int = 0,
     progress: bool = True,
     checkpoint: "str | os.PathLike[str] | None" = None,
@@ -150,8 +146,6 @@ def select(
         num_trials: how many runs to judge by, and how many to tune on, at least; with fewer inputs they are repeated
             with other noise.
         tune: rounds of tuning; 0 leaves the coefficients as planned.
-        polish: how many further runs with K full calls may be spent, before tuning, on moving single key steps of the
-            best plan, each move kept if it lowers the error over all trials.
         seed: of the noise.
         progress: show a progress bar.
         checkpoint: a file that keeps every result: called again with it, only what is missing is run.
@@ -179,7 +173,7 @@ def select(
     journal = Journal(
         checkpoint, _about(pipeline, calibration, judging, fitting, seed) if checkpoint is not None else {}
     )
-    most = _most_runs(len(candidates), len(judging), len(fitting), num_key_steps, num_trials, tune, polish)
+    most = _most_runs(len(candidates), len(judging), len(fitting), num_key_steps, num_trials, tune)
     with tqdm(desc="select", unit="run", total=most, disable=not progress) as bar:
         search = _Search(
             calibration,
@@ -187,7 +181,6 @@ def select(
             _trials(pipeline, fitting, num_trials, 2 * TRIAL_SEED + seed, journal, "fitting", bar.update),
         )
         finalists = search.halved(candidates)
-        finalists = [search.polished(finalists[0], polish), *finalists[1:]]
         if tune:
             finalists = [search.tuned(finalist) for finalist in finalists]
         best = min(finalists, key=_Candidate.average)
@@ -272,12 +265,6 @@ class _Search:
         candidate.errors = [trial.error(candidate.schedule) for trial in self.judging]
         return candidate
 
-    def polished(self, best: _Candidate, runs: int) -> _Candidate:
-        """The candidate, or one with some of its key steps moved, if that is better in all trials."""
-        for candidate in _moves(best, self.calibration, runs // len(self.judging)):
-            best = min(best, self.judged(candidate), key=_Candidate.average)
-        return best
-
     def tuned(self, best: _Candidate) -> _Candidate:
         """The candidate, or one with tuned coefficients, if that is better in the trials it was not fitted to."""
         ways = directions(best.schedule, self.calibration)
@@ -317,9 +304,7 @@ def _trials(
     ]
 
 
-def _most_runs(
-    candidates: int, judging: int, fitting: int, num_key_steps: int, num_trials: int, tune: int, polish: int
-) -> int:
+def _most_runs(candidates: int, judging: int, fitting: int, num_key_steps: int, num_trials: int, tune: int) -> int:
     """About how many runs `select` makes at most, in full, cached or in part, so that its bar has an end."""
     judged, fitted = (inputs * math.ceil(num_trials / inputs) for inputs in (judging, fitting))
     kept, tried = candidates, 0
@@ -328,7 +313,7 @@ def _most_runs(
         kept = max(min(kept, FINALISTS), math.ceil(kept / 2)) if number else kept
     rounds = min(candidates, FINALISTS) + tune - 1 if tune else 0
     per_round = fitted * (1 + num_key_steps) + len(RIDGES) * judged
-    return judged + tried + polish + (fitted + rounds * per_round if tune else 0)
+    return judged + tried + (fitted + rounds * per_round if tune else 0)
 
 
 def _name(schedule: Schedule) -> str:
@@ -354,32 +339,3 @@ def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[
     if not found:
         raise infeasible
     return list(found.values())
-
-
-def _moves(best: _Candidate, calibration: Calibration, count: int) -> Iterator[_Candidate]:
-    """At most `count` candidates, each with one key step moved by one or two from the best known by then.
-
-    The one that receives them measures each before it asks for the next.
-    """
-    tried = {best.schedule.key_steps}
-    while count:
-        keys = best.schedule.key_steps
-        moved = [
-            tuple(sorted({*keys[:place], key + way, *keys[place + 1 :]}))
-            for way in (1, -1, 2, -2)
-            for place, key in enumerate(keys)
-        ]
-        last = best.schedule.num_inference_steps - 1
-        fresh = [m for m in moved if len(m) == len(keys) and m[0] == 0 and m[-1] <= last and m not in tried]
-        if not fresh:
-            return
-        for steps in fresh:
-            tried.add(steps)
-            candidate = _Candidate(calibration.schedule(steps, best.recipe), best.recipe)
-            yield candidate
-            count -= 1
-            if not count:
-                return
-            if candidate.average() < best.average():
-                best = candidate
-                break
