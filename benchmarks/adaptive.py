@@ -21,7 +21,7 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 
 import dpcache
-from benchmarks.results import COLD, RESULTS, ROOT, STEPS, WARM, Pictures, Row, Subject, _plain, _rounded, scores, table
+from benchmarks.subjects import COLD, RESULTS, ROOT, STEPS, WARM, Pictures, Row, Subject, plain, rounded, scores, table
 from dpcache.zoo import Inputs
 
 MODELS = ("tiny-flux", "tiny-dit", "tiny-hunyuan-video")
@@ -202,7 +202,7 @@ def _limit(subject: Subject, calibration: dpcache.Calibration) -> float:
     from dpcache.run.adaptive import Found, Guide
 
     schedule = calibration.plan(13)
-    guide, found, keys = Guide(calibration, schedule, {}, False), Found(), schedule.key_steps
+    guide, found, keys = Guide(calibration, schedule, dpcache.Recipe(), False), Found(), schedule.key_steps
     for place in range(1, len(keys)):
         found.add(guide.usual.logarithms(keys[max(place - 3, 0) : place], keys[place]), 0.0)
     known = found.drift()
@@ -318,8 +318,8 @@ def main() -> None:
     if unknown := set(options.models) - set(MODELS):
         parser.error(f"no bundled model named {', '.join(sorted(unknown))}; there are {', '.join(MODELS)}")
     for model in () if options.page_only else options.models or MODELS:
-        found = json.loads(json.dumps(measure(model, options.inputs), default=_plain))
-        (RESULTS / f"adaptive_{model}.json").write_text(json.dumps(_rounded(found), indent=1) + "\n")
+        found = json.loads(json.dumps(measure(model, options.inputs), default=plain))
+        (RESULTS / f"adaptive_{model}.json").write_text(json.dumps(rounded(found), indent=1) + "\n")
     paths = [RESULTS / f"adaptive_{model}.json" for model in MODELS]
     (ROOT / "docs" / "adaptive.md").write_text(page([json.loads(path.read_text()) for path in paths if path.exists()]))
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 import dpcache
-from benchmarks.results import FIRST_SEED, Pictures, Subject
+from benchmarks.subjects import FIRST_SEED, Pictures, Subject
 from dpcache.judge.metrics import psnr
 from dpcache.run.denoisers import find_blocks, find_denoisers
 from dpcache.zoo import Inputs
@@ -83,7 +83,7 @@ class Bench(Subject):
         self.steps = steps
         self.search_inputs = self.model.calibration_inputs(SEARCH_INPUTS)
         self.tried: dict[Any, Any] = {}
-        self._plain = self._few_steps()
+        self.plain = self._few_steps()
         self.branches = self.run(FULL, self.search_inputs[:1], 1).block_runs[0] / steps
 
     def run(
@@ -177,7 +177,7 @@ class Bench(Subject):
 
     def left_behind(self) -> str:
         """What the last setting has changed for good: nothing, or something on the objects, or even the outputs."""
-        if not np.array_equal(self._few_steps(), self._plain):
+        if not np.array_equal(self._few_steps(), self.plain):
             return "other outputs"
         return ""
 

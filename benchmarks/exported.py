@@ -18,7 +18,7 @@ from typing import Any
 import dpcache
 from benchmarks.bench import Bench, Outcome, Setting
 from benchmarks.peer_methods import scheduled
-from benchmarks.results import RESULTS, STEPS, scores, table
+from benchmarks.subjects import RESULTS, STEPS, scores, table
 from dpcache.integrations import cache_dit as exports
 from dpcache.run.denoisers import find_blocks, find_denoisers
 
@@ -109,7 +109,7 @@ def main() -> None:
     bench = Bench("tiny-flux", options.inputs, STEPS)
     schedules = {
         "one plan, Taylor 2": bench.calibration.plan(options.key_steps),
-        "one plan, Taylor 1": bench.calibration.plan(options.key_steps, order=1),
+        "one plan, Taylor 1": bench.calibration.plan(options.key_steps, recipe=dpcache.Recipe(order=1)),
         "even spacing, Taylor 2": dpcache.Schedule.uniform(options.key_steps, STEPS),
         "optimized": bench.selected(options.key_steps),
     }

@@ -24,7 +24,7 @@ import torch
 import dpcache
 from benchmarks import random_pipelines, timing
 from benchmarks.random_pipelines import DIT, FLUX, HUNYUAN, HUNYUAN_SHAPES, Size
-from benchmarks.results import table
+from benchmarks.subjects import table
 from benchmarks.timing import Row
 from dpcache.measure.recording import record
 

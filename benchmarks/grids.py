@@ -14,7 +14,7 @@ from importlib.metadata import version
 import torch
 
 import dpcache
-from benchmarks.results import RESULTS, ROOT, STEPS, Pictures, Row, Subject, _plain, _rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, STEPS, Pictures, Row, Subject, plain, rounded, scores, table
 
 MODELS = ("tiny-flux", "tiny-dit", "tiny-hunyuan-video")
 COUNTS = (20, 28, 40, 100)
@@ -193,7 +193,7 @@ def main() -> None:
     path = RESULTS / "grids.json"
     found = json.loads(path.read_text()) if path.exists() else {}
     for model in () if options.page_only else options.models or MODELS:
-        found[model] = _rounded(json.loads(json.dumps(measure(model, options.inputs), default=_plain)))
+        found[model] = rounded(json.loads(json.dumps(measure(model, options.inputs), default=plain)))
         path.write_text(json.dumps(found, indent=1) + "\n")
     (ROOT / "docs" / "grids.md").write_text(page([found[model] for model in MODELS if model in found]))
 

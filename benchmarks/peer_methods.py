@@ -97,7 +97,7 @@ def planned(bench: Bench, k: int) -> Setting:
 
 
 def papers_plan(bench: Bench, k: int) -> Setting:
-    return scheduled(bench.calibration.plan(k, method="paper"))
+    return scheduled(bench.calibration.plan(k, recipe=dpcache.Recipe(method="paper")))
 
 
 def uniform(bench: Bench, k: int) -> Setting:

@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from benchmarks import peers_page
 from benchmarks.bench import FULL, SEARCH_INPUTS, Bench, Outcome, Setting
 from benchmarks.peer_methods import FULL_NAME, METHODS, Method
-from benchmarks.results import RESULTS, STEPS, Pictures, Row, _plain, _rounded, scores
+from benchmarks.subjects import RESULTS, STEPS, Pictures, Row, plain, rounded, scores
 from dpcache.judge.metrics import ssim
 from dpcache.zoo import BUNDLED
 
@@ -65,9 +65,9 @@ def measure(
 
 
 def _add(result: Row, row: Row, path: Path) -> None:
-    result["rows"].append(json.loads(json.dumps(row, default=_plain)))
+    result["rows"].append(json.loads(json.dumps(row, default=plain)))
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(_rounded(result), indent=1) + "\n")
+    path.write_text(json.dumps(rounded(result), indent=1) + "\n")
 
 
 def _head(bench: Bench) -> Row:

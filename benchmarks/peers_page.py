@@ -9,7 +9,7 @@ import matplotlib
 from matplotlib.figure import Figure
 
 from benchmarks.bench import CALIBRATED, INPUTS
-from benchmarks.results import Row, table
+from benchmarks.subjects import Row, table
 
 OURS = "dpcache"
 ABOUT = """# Beside its peers

@@ -12,7 +12,7 @@ import matplotlib
 import numpy as np
 
 import dpcache
-from benchmarks.results import STEPS
+from benchmarks.subjects import STEPS
 from dpcache.judge.comparison import Comparison
 from dpcache.zoo import BUNDLED
 

@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 import dpcache
-from benchmarks.results import RESULTS, ROOT, STEPS, Pictures, Row, Subject, _plain, _rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, STEPS, Pictures, Row, Subject, plain, rounded, scores, table
 from dpcache.measure.trials import average_error
-from dpcache.search.selection import Recipe
+from dpcache.plan.recipe import Recipe
 from dpcache.zoo import BUNDLED
 
 BUDGETS = (13, 9)
@@ -85,7 +85,7 @@ def recipes(subject: Planned, calibration: dpcache.Calibration, full: Pictures) 
     rows = []
     for budget in BUDGETS:
         for name, recipe in RECIPES.items():
-            schedule = calibration.plan(budget, **vars(recipe))
+            schedule = calibration.plan(budget, recipe=recipe)
             found = scores(full, subject.draw(schedule)[0])
             rows.append({"k": budget, "recipe": name, "key_steps": schedule.key_steps, **_means(found)})
     return rows
@@ -113,7 +113,7 @@ def calibration_sets(subject: Planned, full: Pictures) -> list[Row]:
         calibration = subject.calibrated(inputs)
         ways = {
             "default": subject.selected(calibration, 13, num_trials=5, tune=1),
-            "paper": calibration.plan(13, method="paper"),
+            "paper": calibration.plan(13, recipe=Recipe(method="paper")),
         }
         for way, schedule in ways.items():
             found = scores(full, subject.draw(schedule)[0])
@@ -263,8 +263,8 @@ def main() -> None:
         parser.error(f"no bundled model named {', '.join(sorted(unknown))}; there are {', '.join(BUNDLED)}")
     options.out.mkdir(parents=True, exist_ok=True)
     for model in () if options.page_only else options.models or BUNDLED:
-        result = json.loads(json.dumps(measure(model, options.inputs, options.converged_inputs), default=_plain))
-        (options.out / f"planning_{model}.json").write_text(json.dumps(_rounded(result), indent=1) + "\n")
+        result = json.loads(json.dumps(measure(model, options.inputs, options.converged_inputs), default=plain))
+        (options.out / f"planning_{model}.json").write_text(json.dumps(rounded(result), indent=1) + "\n")
     paths = [options.out / f"planning_{model}.json" for model in BUNDLED]
     found = [json.loads(path.read_text()) for path in paths if path.exists()]
     where = ROOT / "docs" / "planning.md" if options.out == RESULTS else options.out / "planning.md"

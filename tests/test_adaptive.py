@@ -25,7 +25,7 @@ def calibration(loaded_flux):
 
 @pytest.fixture(scope="module")
 def guide(calibration):
-    return Guide(calibration, calibration.plan(5), {}, adaptive=True)
+    return Guide(calibration, calibration.plan(5), dpcache.Recipe(), adaptive=True)
 
 
 @contextmanager
@@ -144,7 +144,7 @@ def test_what_it_takes(flux, calibration):
         draw(flux)
         assert dpcache.stats(flux).drift is None
     with pytest.raises(TypeError, match="adaptive plans have no max_gap"):
-        dpcache.enable(flux, calibration, num_key_steps=5, adaptive=True, max_gap=4)
+        dpcache.enable(flux, calibration, num_key_steps=5, adaptive=True, recipe=dpcache.Recipe(max_gap=4))
 
 
 def test_the_limit_is_a_quantile_of_ordinary_inputs():

@@ -28,15 +28,15 @@ def test_cost_is_the_mean_over_inputs_and_branches(flux):
         branches = run.complete_branches()
         assert len(branches) == 2
         costs += [dpcache.paper_cost(values) for values in branches]
-    np.testing.assert_allclose(calibration.cost("paper"), np.mean(costs, axis=0), rtol=1e-12)
+    np.testing.assert_allclose(calibration.cost(dpcache.Recipe(method="paper")), np.mean(costs, axis=0), rtol=1e-12)
     sigmas = flux.scheduler.sigmas.double()
     np.testing.assert_allclose(calibration.weights(), sigmas[1:] - sigmas[:-1], rtol=1e-3)
     facts = calibration.facts
     assert (facts.num_inputs, facts.num_branches, facts.num_inference_steps) == (2, 2, STEPS)
     assert facts.timesteps == tuple(flux.scheduler.timesteps.tolist())
     again = dpcache.calibrate(flux, PROMPTS, seed=3, progress=False, **guided)
-    for method in ("sampler", "paper"):
-        np.testing.assert_array_equal(again.cost(method), calibration.cost(method))
+    for recipe in (dpcache.Recipe(), dpcache.Recipe(method="paper")):
+        np.testing.assert_array_equal(again.cost(recipe), calibration.cost(recipe))
 
 
 def test_inputs_may_be_dicts_that_bring_their_own_generator(flux):
@@ -109,7 +109,7 @@ def test_unknown_boundary_blocks_are_refused_before_anything_runs(flux, monkeypa
 def test_plan_rejects_impossible_budgets(flux):
     calibration = dpcache.calibrate(flux, [PROMPT], progress=False, **QUICK)
     with pytest.raises(dpcache.InfeasibleBudgetError, match="smallest feasible number is 3"):
-        calibration.plan(2, max_gap=4)
+        calibration.plan(2, recipe=dpcache.Recipe(max_gap=4))
     for budget in (0, STEPS + 1):
         with pytest.raises(ValueError, match=f"from 1 to the number of steps \\({STEPS}\\)"):
             calibration.plan(budget)
@@ -190,27 +190,3 @@ def test_as_few_key_steps_as_an_error_allows(flux):
         trial.arguments |= {"output_type": "latent", "generator": torch.Generator().manual_seed(77)}
         trial.run_in_full()
         assert expected[k] / 4 < trial.error(calibration.plan(k)) < expected[k] * 4
-
-
-def test_inputs_shared_out_among_processes(flux, tmp_path):
-    """Two processes, three inputs: both end with the calibration that one process makes of them."""
-    prompts = [*PROMPTS, "a medium pink cross on a black background, top"]
-    torch.multiprocessing.spawn(calibrate_with_others, (2, prompts, tmp_path), nprocs=2)
-    alone = dpcache.calibrate(flux, prompts, sensitivity="measured", progress=False, **QUICK)
-    for rank in range(2):
-        together = dpcache.Calibration.load(tmp_path / f"{rank}.safetensors")
-        assert together.facts == alone.facts
-        for settings in ({}, {"method": "paper"}):
-            np.testing.assert_allclose(together.cost(**settings), alone.cost(**settings), rtol=1e-5, atol=1e-12)
-        np.testing.assert_allclose(together.tried_error, alone.tried_error, rtol=1e-2)
-    with pytest.raises(dpcache.CalibrationError, match="accelerate launch"):
-        dpcache.calibrate(flux, prompts, distribute=True, progress=False, **QUICK)
-
-
-def calibrate_with_others(rank: int, ranks: int, prompts: list[str], folder: Path) -> None:
-    torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=ranks)
-    pipe = dpcache.load_pipeline("tiny-flux", device="cpu")
-    more = {"sensitivity": "measured", "distribute": True, "progress": False, **QUICK}
-    dpcache.calibrate(pipe, prompts, **more).save(folder / f"{rank}.safetensors")
-    torch.distributed.destroy_process_group()

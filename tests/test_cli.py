@@ -18,7 +18,7 @@ from PIL import Image
 
 import dpcache
 from dpcache.apps import cli
-from dpcache.apps.commands.partial import fingerprint
+from dpcache.measure.fingerprint import fingerprint
 
 STEPS = "12"
 RING = "a small red ring on a black background, top"

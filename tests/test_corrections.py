@@ -124,7 +124,7 @@ def test_held_out_pictures_are_nearer_to_the_full_run(model, decibels):
         pipe, bundled.calibration_inputs(3), sensitivity="measured", progress=False, **bundled.call_defaults
     )
     inputs = bundled.held_out_inputs(12)
-    plans = [calibration.plan(9, correct=correct) for correct in (False, True)]
+    plans = [calibration.plan(9, recipe=dpcache.Recipe(correct=correct)) for correct in (False, True)]
     assert plans[0].key_steps == plans[1].key_steps
     without, with_corrections = (
         dpcache.compare(pipe, plan, inputs, progress=False, **bundled.call_defaults).psnr_mean for plan in plans
@@ -134,8 +134,8 @@ def test_held_out_pictures_are_nearer_to_the_full_run(model, decibels):
 
 def test_where_there_are_none(flux, calibration):
     assert calibration.plan(STEPS).corrections == {}
-    assert calibration.plan(5, method="paper").corrections == {}
-    assert calibration.plan(5, correct=False).corrections == {}
+    assert calibration.plan(5, recipe=dpcache.Recipe(method="paper")).corrections == {}
+    assert calibration.plan(5, recipe=dpcache.Recipe(correct=False)).corrections == {}
     assert calibration.plan(5).corrections
     late = calibration.schedule(KEYS).from_step(3)
     assert set(late.corrections) <= {8 - 3} and all(t.key_step >= 0 for ts in late.corrections.values() for t in ts)

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 import dpcache
 from dpcache.files.whole import write_whole
 from dpcache.measure.calibration_file import Facts
+from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import ModelIdentity
 
 MODEL = ModelIdentity(denoiser="FluxTransformer2DModel", config="0123456789abcdef")
@@ -68,10 +69,10 @@ def test_schedule_round_trip(data):
 def test_calibration_round_trip_and_plan(calibration, tmp_path):
     calibration.save(tmp_path / "c.safetensors")
     loaded = dpcache.Calibration.load(tmp_path / "c.safetensors")
-    for settings in ({}, {"measured": 1.0}, {"method": "paper"}, {"predictor": "fitted"}):
-        np.testing.assert_array_equal(loaded.cost(**settings), calibration.cost(**settings))
+    for recipe in (Recipe(), Recipe(measured=1.0), Recipe(method="paper"), Recipe(predictor="fitted")):
+        np.testing.assert_array_equal(loaded.cost(recipe), calibration.cost(recipe))
     assert loaded.facts == calibration.facts
-    schedule = loaded.plan(num_key_steps=7, max_gap=5)
+    schedule = loaded.plan(num_key_steps=7, recipe=Recipe(max_gap=5))
     best = dpcache.plan(calibration.cost(), 7, first_key_steps=1, max_gap=5)
     assert schedule.key_steps == best.key_steps
     assert schedule.cost == best.cost
@@ -82,24 +83,22 @@ def test_calibration_round_trip_and_plan(calibration, tmp_path):
     interpolated = dpcache.Calibration.load(tmp_path / "interpolated.safetensors")
     assert (interpolated.facts.num_inference_steps, interpolated.facts.recorded_steps) == (12, 20)
     assert interpolated.plan(4) == calibration.plan(4, num_inference_steps=12)
-    by_paper = loaded.plan(num_key_steps=7, method="paper", max_gap=5)
+    by_paper = loaded.plan(num_key_steps=7, recipe=Recipe(method="paper", max_gap=5))
     assert by_paper.key_steps == dpcache.plan(calibration.paper_cost, 7, max_gap=5).key_steps != schedule.key_steps
 
 
 def test_method_is_checked(calibration):
-    with pytest.raises(dpcache.CalibrationError, match='"sampler" or "paper"'):
-        calibration.plan(7, method="magic")
     with pytest.raises(dpcache.CalibrationError, match="Taylor predictions of order 2 alone"):
-        calibration.plan(7, method="paper", order=1)
+        calibration.plan(7, recipe=Recipe(method="paper", order=1))
     unprobed = dataclasses.replace(calibration, probes=np.empty((0, 20)), tried=np.empty((0, 20)))
-    np.testing.assert_array_equal(unprobed.cost(), calibration.cost(measured=0))
-    for asked in ({"num_key_steps": 7, "measured": 0.5}, {"max_error": 0.1}):
+    np.testing.assert_array_equal(unprobed.cost(), calibration.cost(Recipe(measured=0)))
+    for asked in ({"num_key_steps": 7, "recipe": Recipe(measured=0.5)}, {"max_error": 0.1}):
         with pytest.raises(dpcache.CalibrationError, match='calibrate with sensitivity="measured"'):
             unprobed.plan(**asked)
     unseen = dataclasses.replace(unprobed, gram=np.empty((0, 20, 20)))
-    with pytest.raises(dpcache.CalibrationError, match='plan with method="paper"'):
+    with pytest.raises(dpcache.CalibrationError, match=r'plan with Recipe\(method="paper"\)'):
         unseen.plan(7)
-    assert unseen.plan(7, method="paper") == unprobed.plan(7, method="paper")
+    assert unseen.plan(7, recipe=Recipe(method="paper")) == unprobed.plan(7, recipe=Recipe(method="paper"))
 
 
 @pytest.fixture

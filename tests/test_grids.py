@@ -170,7 +170,9 @@ def test_what_cannot_be_interpolated_is_told(flux, calibration):
             call()
         assert isinstance(caught.value, dpcache.DPCacheError)
 
-    refused('method="sampler"', lambda: calibration.plan(7, method="paper", num_inference_steps=28))
+    refused(
+        'method="sampler"', lambda: calibration.plan(7, recipe=dpcache.Recipe(method="paper"), num_inference_steps=28)
+    )
     low = dpcache.calibrate(flux, FLUX.calibration_inputs(1), num_inference_steps=12, progress=False, **LENGTH)
     late = low.on_grid(sigmas=low.facts.sigmas[4:])
     assert late.facts.num_inference_steps == 8

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 import dpcache
 from dpcache import InfeasibleBudgetError
-from dpcache.plan.planner import band
 
 REFERENCE = Path(__file__).parent / "reference"
 
@@ -59,21 +58,21 @@ def test_all_budgets_at_fifty_steps_under_10_ms(flux):
     assert min(times) < 0.01
 
 
-def test_all_budgets_to_250_at_a_thousand_steps_within_5_s_and_500_mb():
-    cost = np.random.default_rng(0).random((1000, 65, 65))
+def test_all_budgets_to_63_at_250_steps_within_2_s():
+    """With gaps to 64: time and memory beside the costs grow with the gaps, not with the steps."""
+    cost = np.random.default_rng(0).random((250, 251, 251))
     tracemalloc.start()
     start = time.thread_time()
-    plans = dpcache.plan_all(cost, banded=True, max_gap=64, max_key_steps=250)
+    plans = dpcache.plan_all(cost, max_gap=64, max_key_steps=63)
     seconds = time.thread_time() - start
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
-    assert seconds < 5
-    assert peak + cost.nbytes < 500e6
-    assert max(plans) == 250
+    assert seconds < 2
+    assert peak < 100e6
+    assert max(plans) == 63
     for found in plans.values():
-        stops = np.array([0, *found.key_steps, 1000])
-        gaps = np.diff(stops)
-        assert cost[stops[1:-1], gaps[:-1], gaps[1:]].sum() == pytest.approx(found.cost)
+        assert path_cost(cost, found.key_steps) == pytest.approx(found.cost)
+        assert np.diff([*found.key_steps, 250]).max() <= 64
 
 
 def largest_hop(cost: np.ndarray, keys: tuple[int, ...]) -> float:
@@ -132,19 +131,6 @@ def test_equals_brute_force(problem):
                 dpcache.plan(cost, budget, **constraints)
 
 
-@settings(max_examples=100, deadline=None)
-@given(problems(), st.integers(1, 10))
-def test_a_band_of_the_tensor_gives_the_same_plans(problem, width):
-    cost, constraints = problem
-    limited = {**constraints, "max_gap": min(width, constraints["max_gap"] or width)}
-    plans = dpcache.plan_all(cost, **limited)
-    banded = band(cost, width)
-    assert banded.shape[1] == min(width, cost.shape[1] - 1) + 1
-    assert dpcache.plan_all(banded, banded=True, **constraints) == plans
-    fewest = {budget: found for budget, found in plans.items() if budget <= 3}
-    assert dpcache.plan_all(banded, banded=True, max_key_steps=3, **constraints) == fewest
-
-
 def test_infeasible_budget_names_the_smallest_feasible(flux):
     cost, _ = flux
     smallest = min(dpcache.plan_all(cost, max_gap=15))
@@ -175,9 +161,5 @@ def test_bad_tensors():
         dpcache.plan(np.zeros((3, 5, 5)), 2)
     with pytest.raises(ValueError, match="NaN"):
         dpcache.plan(np.full((5, 6, 6), np.nan), 2)
-    with pytest.raises(ValueError, match="banded"):
-        dpcache.plan(np.zeros((5, 4, 3)), 2, banded=True)
-    with pytest.raises(ValueError, match="max_gap"):
-        band(np.zeros((5, 6, 6)), 0)
     with pytest.raises(ValueError, match="max_key_steps"):
         dpcache.plan_all(np.zeros((5, 6, 6)), max_key_steps=0)

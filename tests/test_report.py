@@ -26,10 +26,12 @@ from dpcache.judge.report.plots import trade_off
 from dpcache.judge.report.timeline import timeline
 from dpcache.measure.calibration import Calibration, Facts
 from dpcache.plan.planner import Plan
+from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import ModelIdentity, Schedule
 
 REFERENCE = Path(__file__).parent / "reference"
 STEPS = 50
+PAPER = Recipe(method="paper", max_gap=15)
 PROMPTS = ["a red cube", "<script>alert(1)</script>", 'a "quoted" & <b>bold</b> cat']
 VOID = {"meta", "link", "img", "input"}
 
@@ -124,9 +126,7 @@ def comparison(schedule, noise, shape=(32, 32, 3), prompts=PROMPTS) -> Compariso
 
 @pytest.fixture(scope="module")
 def comparisons(calibration) -> list[Comparison]:
-    return [
-        comparison(calibration.plan(keys, max_gap=15, method="paper"), noise) for keys, noise in ((13, 0.02), (9, 0.05))
-    ]
+    return [comparison(calibration.plan(keys, recipe=PAPER), noise) for keys, noise in ((13, 0.02), (9, 0.05))]
 
 
 @pytest.fixture(scope="module")
@@ -137,8 +137,8 @@ def written(calibration, comparisons, tmp_path_factory) -> Path:
         model="FLUX.1-dev",
         calibration=calibration,
         comparisons=comparisons,
-        plans=calibration.plan_all(max_gap=15, method="paper"),
-        method="paper",
+        plans=calibration.plan_all(PAPER),
+        recipe=PAPER,
         facts={"Hardware": "a <fast> machine"},
     )
 
@@ -155,8 +155,8 @@ def write(path, calibration, comparisons, plans=None) -> Page:
         model="m",
         calibration=calibration,
         comparisons=comparisons,
-        plans=calibration.plan_all(max_gap=15, method="paper") if plans is None else plans,
-        method="paper",
+        plans=calibration.plan_all(PAPER) if plans is None else plans,
+        recipe=PAPER,
     )
     return Page(written)
 
@@ -298,7 +298,7 @@ def test_plots_follow_the_page_colours_and_mark_every_hop(page, comparisons):
 
 
 def test_all_identical_and_blocks_unknown(calibration, tmp_path):
-    schedule = calibration.plan(13, max_gap=15, method="paper")
+    schedule = calibration.plan(13, recipe=PAPER)
     same = comparison(schedule, 0.0)
     page = write(tmp_path, calibration, [Comparison(schedule, same.samples, (1.0,), (1.0,), 0, 0)])
     row = page.find("tr", role="row")[1][1]
@@ -307,14 +307,14 @@ def test_all_identical_and_blocks_unknown(calibration, tmp_path):
 
 
 def test_a_percentile_next_to_identical_pictures_stays_a_number(calibration, tmp_path):
-    schedule = calibration.plan(13, max_gap=15, method="paper")
+    schedule = calibration.plan(13, recipe=PAPER)
     page = write(tmp_path, calibration, [comparison(schedule, 0.1, prompts=PROMPTS[:2])])
     worst = comparison(schedule, 0.1).samples[1].psnr
     assert page.find("td", class_="figure")[1][1] == f"{worst:.1f} dB"
 
 
 def test_clips_survive_frame_by_frame(calibration, tmp_path):
-    schedule = calibration.plan(13, max_gap=15, method="paper")
+    schedule = calibration.plan(13, recipe=PAPER)
     clips = comparison(schedule, 0.05, shape=(5, 16, 24, 3), prompts=PROMPTS[:2])
     page = write(tmp_path, calibration, [clips])
     worst = clips.samples[1]
@@ -334,7 +334,7 @@ def test_clips_survive_frame_by_frame(calibration, tmp_path):
 
 
 def test_same_number_of_key_steps_twice_and_hops_without_cost(calibration, tmp_path):
-    schedules = [calibration.plan(10, max_gap=15, method="paper"), Schedule.uniform(10, STEPS)]
+    schedules = [calibration.plan(10, recipe=PAPER), Schedule.uniform(10, STEPS)]
     page = write(tmp_path, calibration, [comparison(schedule, 0.05) for schedule in schedules])
     names = ["K = 10, planned", "K = 10, uniform"]
     assert [text for _, text in page.find("h3")][3:5] == names == schedule_names(schedules)
@@ -344,13 +344,13 @@ def test_same_number_of_key_steps_twice_and_hops_without_cost(calibration, tmp_p
 
 
 def test_path_cost_is_what_the_planner_adds_up(calibration):
-    for keys, plan in calibration.plan_all(max_gap=15, method="paper").items():
+    for keys, plan in calibration.plan_all(PAPER).items():
         assert path_cost(calibration.paper_cost, plan.key_steps) == pytest.approx(plan.cost, rel=1e-12), keys
 
 
 @pytest.mark.parametrize("most_values", [1_000_000, 2_000])
 def test_the_explorer_carries_the_cost_tensor(calibration, most_values):
-    cost = calibration.cost("paper")
+    cost = calibration.cost(PAPER)
     data = explorer_data(cost, {"K = 3": (0, 1, 2)}, most_values)
     values = np.frombuffer(base64.b64decode(data["cost"]), "<f4")
     widest = data["widest"]
@@ -382,7 +382,7 @@ def test_the_curve_is_logarithmic_although_all_steps_cost_nothing():
 
 def test_costs_all_zero_and_no_plans(calibration, tmp_path):
     flat = published(calibration.facts, np.zeros_like(calibration.paper_cost))
-    page = write(tmp_path, flat, [comparison(flat.plan(13, method="paper"), 0.05)], plans={})
+    page = write(tmp_path, flat, [comparison(flat.plan(13, recipe=Recipe(method="paper")), 0.05)], plans={})
     assert len(page.find("svg", class_="plot")) == 3
     assert [one.get("id") for one, _ in page.find("table", class_="plans")] == ["hop-costs"]
 
@@ -425,8 +425,8 @@ def test_user_settings_of_matplotlib_are_left_alone(calibration, comparisons, tm
             model="FLUX.1-dev",
             calibration=calibration,
             comparisons=comparisons,
-            plans=calibration.plan_all(max_gap=15, method="paper"),
-            method="paper",
+            plans=calibration.plan_all(PAPER),
+            recipe=PAPER,
             facts={"Hardware": "a <fast> machine"},
         )
         assert matplotlib.rcParams["font.size"] == 30

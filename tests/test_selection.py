@@ -5,7 +5,8 @@ import pytest
 
 import dpcache
 from dpcache.judge.metrics import psnr
-from dpcache.search.selection import RECIPES, Recipe
+from dpcache.plan.recipe import Recipe
+from dpcache.search.selection import RECIPES
 from tests.conftest import PROMPT, QUICK, STEPS, draw
 
 PROMPTS = [PROMPT, "a large blue star on a grey background, right", "a medium pink cross on a black background, top"]
@@ -48,7 +49,7 @@ def test_the_best_when_run_is_chosen(flux, calibration):
     settings = {"inputs": PROMPTS, "recipes": FEW, "tune": 0, "progress": False, **CALL}
     chosen = dpcache.select(flux, calibration, 5, **settings)
     assert chosen == dpcache.select(flux, calibration, 5, **settings)
-    plans = [calibration.plan(5, **vars(recipe)) for recipe in FEW]
+    plans = [calibration.plan(5, recipe=recipe) for recipe in FEW]
     keys = [(plan.key_steps, plan.predictions) for plan in plans]
     assert (chosen.key_steps, chosen.predictions) in keys
     assert chosen.num_key_steps == 5
@@ -57,14 +58,6 @@ def test_the_best_when_run_is_chosen(flux, calibration):
     assert errors[keys.index((chosen.key_steps, chosen.predictions))] <= sorted(errors)[1]
     assert 0 < chosen.error < 1
     assert "9 trials" in chosen.source
-
-
-def test_polish_never_returns_a_worse_plan(flux, calibration):
-    settings = {"inputs": PROMPTS[:1], "recipes": FEW[3:], "num_trials": 1, "tune": 0, "progress": False, **CALL}
-    plain = dpcache.select(flux, calibration, 5, **settings)
-    errors = [dpcache.select(flux, calibration, 5, polish=runs, **settings).error for runs in (1, 4, 12)]
-    assert plain.error >= errors[0] >= errors[1] >= errors[2]
-    assert errors[2] < plain.error
 
 
 def test_tuning_never_returns_a_worse_schedule(flux, calibration):

@@ -48,8 +48,9 @@ def test_at_the_last_step_only_the_sampler_matters(flux):
     influence, measured = calibration.weights(0), calibration.weights(1)
     assert measured[-1] == pytest.approx(influence[-1], rel=1e-3)
     np.testing.assert_allclose(calibration.weights() ** 2, influence * measured)
-    schedule = calibration.plan(5, measured=1)
-    assert schedule.cost == pytest.approx(dpcache.plan(calibration.cost(measured=1), 5, first_key_steps=1).cost)
+    recipe = dpcache.Recipe(measured=1)
+    schedule = calibration.plan(5, recipe=recipe)
+    assert schedule.cost == pytest.approx(dpcache.plan(calibration.cost(recipe), 5, first_key_steps=1).cost)
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "WanPipeline (2.2, two transformers)", "DiTPipeline"])

@@ -64,7 +64,7 @@ def test_remembered_with_several_branches_denoisers_and_streams(name, boundary):
 def test_tuned_coefficients_help_inputs_they_were_not_fitted_to(flux):
     usual = {"num_inference_steps": 50}
     calibration = dpcache.calibrate(flux, PROMPTS, progress=False, **{**QUICK, **usual})
-    schedule = calibration.plan(9, correct=False)
+    schedule = calibration.plan(9, recipe=dpcache.Recipe(correct=False))
     ways = tuning.directions(schedule, calibration)
     equations = [tuning.normal_equations(trial, schedule, ways) for trial in trials(flux, 100, **usual)]
     others = trials(flux, 500, **usual)
@@ -79,7 +79,7 @@ def test_tuned_coefficients_help_inputs_they_were_not_fitted_to(flux):
 
 def test_effects_are_derivatives(flux, calibration):
     """What least squares expects of a small change is what a run with it does."""
-    schedule = calibration.plan(4, correct=False)
+    schedule = calibration.plan(4, recipe=dpcache.Recipe(correct=False))
     ways = tuning.directions(schedule, calibration)
     (trial,) = trials(flux, 9)[:1]
     matrix, vector = tuning.normal_equations(trial, schedule, ways)

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from .measure.paper import paper_cost
     from .measure.plain import recording
     from .plan.planner import Plan, plan, plan_all
+    from .plan.recipe import Recipe
     from .plan.schedule import Schedule
     from .run.follower import Stats
     from .run.layouts import register_denoiser
     from .run.pipelines import disable, enable, enabled, stats
     from .run.plain import following
-    from .search.selection import Recipe, optimize, select
+    from .search.selection import optimize, select
     from .zoo import load_pipeline
 
 __version__ = "0.1.0"
@@ -58,7 +59,7 @@ _HOME = {
     "MissingExtraError": "errors",
     "PromptError": "errors",
     "Plan": "plan.planner",
-    "Recipe": "search.selection",
+    "Recipe": "plan.recipe",
     "Sample": "judge.comparison",
     "Schedule": "plan.schedule",
     "ScheduleMismatchError": "errors",

@@ -16,6 +16,7 @@ import torch
 
 from dpcache.errors import DPCacheError, missing_extra
 from dpcache.judge.metrics import Picture, psnr, ssim
+from dpcache.plan.recipe import Recipe
 from dpcache.run.inputs import Input, call_arguments, label, quiet, seeded
 from dpcache.run.pipelines import enabled, stats
 
@@ -65,7 +66,7 @@ class Studio:
         self.pipeline, self.calibration = pipeline, calibration
         self.arguments = {**arguments, "output_type": "np"}
         #: The paper's costs need nothing of what a scheduler hides, but are good for the recorded grid alone.
-        self.method = "sampler" if len(calibration.gram) else "paper"
+        self.recipe = Recipe(method="sampler" if len(calibration.gram) else "paper")
         self._full: OrderedDict[Any, Drawn] = OrderedDict()
 
     @property
@@ -108,7 +109,7 @@ class Studio:
         Raises:
             DPCacheError: there is no such plan.
         """
-        with enabled(self.pipeline, self.calibration, num_key_steps=num_key_steps, method=self.method):
+        with enabled(self.pipeline, self.calibration, num_key_steps=num_key_steps, recipe=self.recipe):
             picture, seconds = self._timed(given, seed, steps)
             return Drawn(picture, seconds, stats(self.pipeline).computed_steps)
 
@@ -139,7 +140,7 @@ def build(
         num_key_steps: K to begin with.
     """
     facts = studio.calibration.facts
-    steps, fixed_grid = facts.num_inference_steps, studio.calibration.grid is None or studio.method == "paper"
+    steps, fixed_grid = facts.num_inference_steps, studio.calibration.grid is None or studio.recipe.method == "paper"
     first = studio.warm_up(inputs[0])
     examples = [_value(studio, given) for given in inputs]
     folder = tempfile.TemporaryDirectory(prefix="dpcache-ui-")

@@ -3,14 +3,14 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from dpcache.errors import FileFormatError
 
 FORMAT = "dpcache.journal"
-VERSION = 1
+VERSION = 2
 
 
 class Journal:
@@ -18,16 +18,18 @@ class Journal:
 
     Args:
         path: a file of JSON lines; None remembers in memory alone.
-        about: what the results depend on beside their names. A file of something else is refused.
+        about: what the results depend on beside their names, each by what people call it. A file of something else is
+            refused.
 
     Raises:
         FileFormatError: the file is something else.
     """
 
-    def __init__(self, path: "str | os.PathLike[str] | None", about: Any) -> None:
+    def __init__(self, path: "str | os.PathLike[str] | None", about: Mapping[str, Any]) -> None:
         self._path = Path(path) if path is not None else None
         self._known: dict[str, Any] = {}
-        head = {"format": FORMAT, "version": VERSION, "about": digest(about)}
+        marks = {name: digest(value) for name, value in about.items()}
+        head = {"format": FORMAT, "version": VERSION, "about": marks}
         if self._path is None:
             return
         if self._path.exists():
@@ -41,22 +43,24 @@ class Journal:
         if name not in self._known:
             self._known[name] = measure()
             if self._path is not None:
-                self._write({"name": name, "result": self._known[name]})
+                self._write(_entry(name, self._known[name]))
         return self._known[name]
 
     def _read(self, head: dict[str, Any]) -> None:
         assert self._path is not None
         # The last line may have been cut short by what interrupted the search.
-        *lines, last = self._path.read_text(encoding="utf-8").split("\n")
         try:
+            *lines, last = self._path.read_text(encoding="utf-8").split("\n")
             found, *entries = (json.loads(line) for line in lines)
             self._known = {entry["name"]: entry["result"] for entry in entries}
-        except (ValueError, KeyError, TypeError) as error:
+            if any(entry != _entry(entry["name"], entry["result"]) for entry in entries):
+                raise ValueError("a line was edited")
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise FileFormatError(f"{self._path} is not a checkpoint of dpcache: delete it or name another.") from error
         if found != head:
             raise FileFormatError(
-                f"{self._path} belongs to another search, of other inputs, settings or another model: delete it or "
-                "name another."
+                f"{self._path} belongs to another search, with other {_changed(found, head)}: delete it or name "
+                "another."
             )
         if last:
             self._path.write_text("".join(f"{line}\n" for line in lines), encoding="utf-8")
@@ -67,6 +71,30 @@ class Journal:
             file.write(json.dumps(entry) + "\n")
 
 
+def _changed(found: Any, head: dict[str, Any]) -> str:
+    """What of the head of a journal is not as it should be."""
+    known = found.get("about") if isinstance(found, dict) else None
+    if not isinstance(known, dict) or {**found, "about": head["about"]} != head:
+        return "results, or of another version"
+    return " and ".join(name for name, mark in head["about"].items() if known.get(name) != mark) or "parts"
+
+
+def _entry(name: str, result: Any) -> dict[str, Any]:
+    return {"name": name, "result": result, "digest": digest([name, result])}
+
+
 def digest(value: Any) -> str:
-    """A short name for anything that JSON can hold."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """A short name for a value: JSON, and arrays, tensors, pictures and generators of random numbers in it."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=_described).encode()).hexdigest()[:16]
+
+
+def _described(value: Any) -> Any:
+    """What JSON cannot hold, as something it can that tells two of them apart."""
+    if hasattr(value, "get_state"):  # torch's generator
+        value = value.get_state()
+    if hasattr(value, "detach"):  # torch's tensor; its text leaves out most of it
+        value = value.detach().cpu().double().numpy()
+    if hasattr(value, "tobytes"):  # an array or a picture
+        shape = list(getattr(value, "shape", getattr(value, "size", ())))
+        return [type(value).__name__, shape, hashlib.sha256(value.tobytes()).hexdigest()]
+    return str(value)

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-from dpcache.judge.metrics import Picture
+import numpy.typing as npt
 
 from .whole import write_whole
+
+#: float [H, W, C] in [0, 1], or [F, H, W, C] for a clip.
+Picture = npt.NDArray[np.floating[Any]]
 
 #: What pictures are written as, by suffix.
 _FORMATS = {".png": "PNG", ".jpg": "JPEG", ".jpeg": "JPEG", ".webp": "WEBP", ".gif": "GIF"}

@@ -74,7 +74,7 @@ def as_requests(prompts: Sequence[str | Mapping[str, Any]], *, seed: int = 0) ->
 def _from_json(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
         raise PromptError(f"not JSON ({error}).") from error
 
 
@@ -134,7 +134,7 @@ def check_arguments(arguments: Mapping[str, Any]) -> None:
             raise PromptError(f"{reserved} cannot be given: every picture has a line, a seed and a file of its own.")
     try:
         json.dumps(arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"its arguments are more than JSON can hold ({error}).") from error
 
 

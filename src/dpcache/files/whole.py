@@ -28,22 +28,28 @@ def write_whole(path: "str | os.PathLike[str]", write: Callable[[Path], object])
 
 
 def read_bytes(path: "str | os.PathLike[str]", kind: str) -> bytes:
-    """The file's bytes.
+    """The bytes of a schedule or calibration file, if they begin as those of its format do.
+
+    JSON begins with a bracket. safetensors begins with the length of its header, eight bytes that can be anything, then
+    the header's bracket.
 
     Raises:
         FileNotFoundError: there is no such file.
-        FileFormatError: the file is a pickle or a PyTorch archive, which may run code when read and is refused.
+        FileFormatError: the file begins otherwise. A pickle or a PyTorch archive does; reading one could run code.
     """
     try:
         data = Path(path).read_bytes()
     except FileNotFoundError:
         raise FileNotFoundError(f"there is no file {path}. A {kind} is made by {MAKERS[kind]}.") from None
+    if (data[8:9] if kind == "calibration" else data.lstrip()[:1]) == b"{":
+        return data
     if data[:1] == b"\x80" or data[:2] == b"PK":
         raise FileFormatError(
             f"{path} is a pickle or PyTorch archive, which is never read because it can run code. "
             f"A {kind} is made by {MAKERS[kind]}."
         )
-    return data
+    form = {"calibration": "safetensors", "schedule": "JSON"}[kind]
+    raise FileFormatError(f"{path} is not a whole {form} file. Make it anew with {MAKERS[kind]}.")
 
 
 def check_version(path: "str | os.PathLike[str]", kind: str, found: object, read: object) -> None:

@@ -24,6 +24,7 @@ from dpcache.errors import CacheStateError, CalibrationError, ScheduleMismatchEr
 from dpcache.integrations.comfyui_runs import Following, Recording, Running, part, warn_of_full_run
 from dpcache.measure.calibration import Calibration
 from dpcache.plan.grids import FLOW
+from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import ModelIdentity, Schedule
 
 KEY = "dpcache"
@@ -251,4 +252,4 @@ class _CalibrationFile:
             raise CalibrationError(f"{self.path.name}: {error} Give another name, or begin anew.") from error
         self._found.save(self.path)
         if self.key_steps:
-            self._found.plan(self.key_steps, order=self.order).save(self.schedule_path)
+            self._found.plan(self.key_steps, recipe=Recipe(order=self.order)).save(self.schedule_path)

@@ -13,9 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from dpcache.errors import GenerationError
-from dpcache.files.pictures import is_whole, read_note, save_picture
+from dpcache.files.pictures import Picture, is_whole, read_note, save_picture
 from dpcache.files.whole import write_whole
-from dpcache.judge.metrics import Picture
 
 INDEX = "index.parquet"
 _SCRATCH = ".run-"

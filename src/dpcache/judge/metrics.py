@@ -1,13 +1,12 @@
 """How close one picture is to another, in float."""
 
 import math
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-Picture = npt.NDArray[np.floating[Any]]
+from dpcache.files.pictures import Picture as Picture
 
 
 def psnr(truth: Picture, other: Picture) -> float:

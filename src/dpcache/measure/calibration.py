@@ -2,36 +2,35 @@
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Never, Self
 
 import numpy as np
 import numpy.typing as npt
 
+from dpcache.checks import no_more_arguments, number
 from dpcache.errors import CalibrationError, GridError
 from dpcache.files.cards import Rows, fact_rows
 from dpcache.files.hub import HubFile
 from dpcache.plan.corrections import corrected
 from dpcache.plan.costs import CostTensor, sampler_cost, schedule_cost
 from dpcache.plan.grids import Frame, NoiseGrid, frame, left_out_error
-from dpcache.plan.planner import Objective, Plan, plan, plan_all
+from dpcache.plan.planner import Plan, checked_budget, plan, plan_all
 from dpcache.plan.predictors import Fitted, Predictor, Taylor, chosen_ridge
+from dpcache.plan.recipe import RECIPE_FIELDS, PredictorName, Recipe
 from dpcache.plan.schedule import Schedule
 
 from .calibration_file import TENSORS, Facts, read, write
 from .interpolation import asked_grid, interpolated, on_grid
 
 Array = npt.NDArray[np.float64]
-#: How a cost tensor judges an error: by what the sampler and the model make of it, or as the paper does.
-Method = Literal["sampler", "paper"]
-PredictorName = Literal["taylor", "fitted"]
 #: Share of the measured sensitivity in the weights where it was measured and nothing else is asked for.
 MEASURED = 0.5
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False, repr=False)
 class Calibration(HubFile):
     """What was measured of predicting instead of computing, for one model and one sampling grid.
 
@@ -63,13 +62,35 @@ class Calibration(HubFile):
     tried: Array
     tried_error: Array
 
+    def __eq__(self, other: object) -> bool:
+        """Whether facts and tensors are the same, bit for bit."""
+        if not isinstance(other, Calibration):
+            return NotImplemented
+        pairs = ((getattr(self, name), getattr(other, name)) for name in TENSORS)
+        return self.facts == other.facts and all(np.array_equal(a, b, equal_nan=True) for a, b in pairs)
+
+    __hash__ = None  # type: ignore[assignment]  # arrays may change
+
+    def __repr__(self) -> str:
+        facts = self.facts
+        inputs = "1 input" if facts.num_inputs == 1 else f"{facts.num_inputs} inputs"
+        parts = [f"T={facts.num_inference_steps}", inputs, f"boundary={facts.boundary!r}"]
+        if self.is_measured:
+            parts.append("sensitivity measured")
+        return f"Calibration({', '.join(parts)}, for {facts.model.denoiser})"
+
     @property
     def is_measured(self) -> bool:
         """Whether it knows what the model makes of an error, `calibrate(..., sensitivity="measured")`."""
         return len(self.probes) > 0
 
     def predictor(self, name: PredictorName = "taylor", order: int | None = None) -> Predictor:
-        """The predictor of this name and order: `"taylor"`, or `"fitted"` to the values of this calibration."""
+        """What predicts: `"taylor"`, or `"fitted"` to the values of this calibration (see `Recipe`).
+
+        Raises:
+            ValueError: another name, or a negative order.
+        """
+        Recipe(predictor=name, order=order)  # says what is wrong with them
         order = self.facts.order if order is None else order
         if name == "taylor":
             return Taylor(order)
@@ -81,9 +102,7 @@ class Calibration(HubFile):
         """float64 [T]: how far the sample moves per unit of error in what the scheduler receives at a step.
 
         Args:
-            measured: what of the measured sensitivity to believe. At 0 an error counts as far as the scheduler moves on
-                it in that step; at 1 as far as the final sample was measured to move; between, the weighted geometric
-                mean. 0.5 where the sensitivity was measured, else 0, unless given.
+            measured: how much of the measured sensitivity to believe (see `Recipe`).
 
         Raises:
             CalibrationError: the scheduler's steps could not be seen, or the sensitivity was not measured.
@@ -91,59 +110,44 @@ class Calibration(HubFile):
         if not len(self.gram):
             raise CalibrationError(
                 f"what {self.facts.scheduler} was given at every step could not be seen while calibrating "
-                f'{self.facts.pipeline}: plan with method="paper".'
+                f'{self.facts.pipeline}: plan with Recipe(method="paper").'
             )
         measured = (MEASURED if self.is_measured else 0.0) if measured is None else measured
         if measured and not self.is_measured:
             raise CalibrationError(
                 f"measured={measured} needs the sensitivity, which this calibration did not measure: calibrate with "
-                'sensitivity="measured", or plan with measured=0.'
+                'sensitivity="measured", or plan with Recipe(measured=0).'
             )
         influence: Array = self.influence.mean(axis=0)
         return influence * interpolated(self.probes) ** measured if measured else influence
 
-    def cost(
-        self,
-        method: Method = "sampler",
-        *,
-        predictor: PredictorName = "taylor",
-        order: int | None = None,
-        measured: float | None = None,
-        power: float = 2.0,
-    ) -> CostTensor:
-        """The cost tensor, float64 [T, T+1, T+1] indexed [i, j, k].
+    def cost(self, recipe: Recipe = Recipe()) -> CostTensor:
+        """The cost tensor, float64 [T, T+1, T+1] indexed [i, j, k]; see `costs.sampler_cost` and `paper.paper_cost`.
 
-        Args:
-            method: `"sampler"`, errors of what the scheduler receives, added up over a hop as it adds them up (see
-                `costs.sampler_cost`); or `"paper"`, mean absolute errors of the values at the boundary.
-            predictor: whose errors: `"taylor"`, or `"fitted"` by least squares to what was recorded.
-            order: one less than the number of key steps it uses; that of the calibration unless given.
-            measured: as in `weights`.
-            power: as in `costs.sampler_cost`.
+        Of the recipe only predictor, order, measured, method and power matter here.
 
         Raises:
-            CalibrationError: as `weights`; or the method is unknown, or the paper's method is wanted with something
-                else than was calibrated for.
+            CalibrationError: as `weights`; or the paper's method is wanted with something else than was calibrated for.
+            GridError: the paper's method is wanted of a calibration that was interpolated from another grid.
         """
-        order = self.facts.order if order is None else order
-        if method == "paper":
-            if (predictor, order, measured or 0.0, power) != ("taylor", self.facts.order, 0.0, 2.0):
+        order = self.facts.order if recipe.order is None else recipe.order
+        key = (recipe.predictor, order, recipe.measured, recipe.power)
+        if recipe.method == "paper":
+            if (*key[:2], key[2] or 0.0, key[3]) != ("taylor", self.facts.order, 0.0, 2.0):
                 raise CalibrationError(
                     f'method="paper" knows the errors of Taylor predictions of order {self.facts.order} alone, as '
-                    f'calibrated: calibrate with order={order}, or use method="sampler".'
+                    f'calibrated: calibrate with order={order}, or plan with Recipe(method="sampler").'
                 )
             if not self.paper_cost.size:
                 raise GridError(
                     f'method="paper" cannot be interpolated from {self.facts.recorded_steps} steps to another grid: '
-                    'calibrate on this one, or use method="sampler".'
+                    'calibrate on this one, or plan with Recipe(method="sampler").'
                 )
             return self.paper_cost
-        if method != "sampler":
-            raise CalibrationError(f'method must be "sampler" or "paper", got {method!r}.')
-        known, key = self._sampler_costs, (predictor, order, measured, power)
-        if key not in known:
-            known[key] = sampler_cost(self.gram, self.weights(measured), self.predictor(predictor, order), power=power)
-        return known[key]
+        if key not in self._sampler_costs:
+            predictor, weights = self.predictor(recipe.predictor, order), self.weights(recipe.measured)
+            self._sampler_costs[key] = sampler_cost(self.gram, weights, predictor, power=recipe.power)
+        return self._sampler_costs[key]
 
     @cached_property
     def _sampler_costs(self) -> dict[tuple[str, int, float | None, float], CostTensor]:
@@ -159,18 +163,10 @@ class Calibration(HubFile):
         *,
         speedup: float | None = None,
         max_error: float | None = None,
+        recipe: Recipe = Recipe(),
         num_inference_steps: int | None = None,
         scheduler: Any = None,
-        method: Method = "sampler",
-        predictor: PredictorName = "taylor",
-        order: int | None = None,
-        measured: float | None = None,
-        power: float = 2.0,
-        first_key_steps: int | None = None,
-        last_key_steps: int = 0,
-        max_gap: int | None = None,
-        objective: Objective = "sum",
-        correct: bool | None = None,
+        **unknown: Never,
     ) -> Schedule:
         """The best schedule with this many key steps, for this speedup, or within this error.
 
@@ -178,49 +174,49 @@ class Calibration(HubFile):
             num_key_steps: K.
             speedup: T / K instead, what skipped steps that cost nothing would give: as many key steps as it allows.
             max_error: the fewest key steps instead with which `expected_error` is no larger.
+            recipe: how to plan.
             num_inference_steps: T, if not that of the calibration (see `on_grid`).
             scheduler: whose grid to plan for, if not that of the calibration (see `on_grid`).
-            method: as in `cost`.
-            predictor: as in `cost`.
-            order: as in `cost`.
-            measured: as in `cost`.
-            power: as in `cost`.
-            first_key_steps: as in `dpcache.plan`; unless given 3 with the paper's method, as there, and 1 otherwise,
-                where the cost itself says what the first steps are worth.
-            last_key_steps: as in `dpcache.plan`.
-            max_gap: as in `dpcache.plan`.
-            objective: as in `dpcache.plan`.
-            correct: as in `schedule`; unless given all but the paper's method do.
+            unknown: refused.
 
         Raises:
             CalibrationError: as `cost`; or `max_error` is wanted of a calibration that has measured no errors.
             GridError: as `on_grid`.
             InfeasibleBudgetError: no plan with K key steps satisfies the constraints, or none keeps within the error.
+            TypeError: an argument that there is none of, or of the wrong type.
             ValueError: not exactly one of number, speedup and error; or one out of range.
         """
-        judged: dict[str, Any] = {"predictor": predictor, "order": order, "measured": measured, "power": power}
-        limits: dict[str, Any] = {
-            "first_key_steps": _forced(method, first_key_steps),
-            "last_key_steps": last_key_steps,
-            "max_gap": max_gap,
-            "objective": objective,
-        }
+        no_more_arguments(self.plan, unknown, RECIPE_FIELDS)
+        if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
+            raise ValueError("give one of num_key_steps, speedup and max_error.")
         there = self
         if num_inference_steps is not None or scheduler is not None:
             there = self.on_grid(num_inference_steps, scheduler=scheduler)
-        cost = there.cost(method, **judged)
-        if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
-            raise ValueError("give one of num_key_steps, speedup and max_error.")
-        if max_error is not None:
-            budget = there._budget_within(max_error, plan_all(cost, **limits), predictor, order)
-        else:
-            budget = _budget(there.facts.num_inference_steps, num_key_steps, speedup)
-        found = plan(cost, budget, **limits)
-        correct = method != "paper" if correct is None else correct
-        schedule = there.schedule(found.key_steps, predictor, order, correct=correct)
-        source = f"planned by {method} cost from {self.facts.num_inputs} calibration inputs{there._interpolated()}"
+        budget = there._budget(num_key_steps, speedup, max_error, recipe)
+        found = plan(there.cost(recipe), budget, **_limits(recipe), objective=recipe.objective)
+        schedule = there.schedule(found.key_steps, recipe)
+        source = (
+            f"planned by {recipe.method} cost from {self.facts.num_inputs} calibration inputs{there._interpolated()}"
+        )
         expected = there.expected_error(schedule) if len(there.tried) else None
         return schedule.model_copy(update={"cost": found.cost, "expected_error": expected, "source": source})
+
+    def _budget(self, num_key_steps: int | None, speedup: float | None, max_error: float | None, recipe: Recipe) -> int:
+        """K, whichever way it was asked for."""
+        steps = self.facts.num_inference_steps
+        if num_key_steps is not None:
+            return checked_budget(num_key_steps, steps)
+        if speedup is not None:
+            if not 1 <= number("speedup", speedup) <= steps:
+                raise ValueError(f"speedup must be from 1 to the number of steps ({steps}), got {speedup}.")
+            # A hair more, for 50 / 3.5714... is meant as 14.
+            return math.floor(steps / speedup + 1e-9)
+        if not (limit := number("max_error", max_error)) > 0:
+            raise ValueError(f"max_error must be above 0, got {max_error}: it is a share of the full run's output.")
+        for budget, found in self.plan_all(recipe).items():
+            if self.expected_error(self.schedule(found.key_steps, recipe)) <= limit:
+                return budget
+        return steps
 
     @property
     def grid(self) -> NoiseGrid | None:
@@ -283,16 +279,6 @@ class Calibration(HubFile):
     def _interpolated(self) -> str:
         return f", interpolated from {self.facts.recorded_steps} steps" if self.facts.recorded_steps else ""
 
-    def _budget_within(
-        self, max_error: float, plans: Mapping[int, Plan], predictor: PredictorName, order: int | None
-    ) -> int:
-        if not max_error > 0:
-            raise ValueError(f"max_error must be above 0, got {max_error}: it is a share of the full run's output.")
-        for budget, found in plans.items():
-            if self.expected_error(self.schedule(found.key_steps, predictor, order)) <= max_error:
-                return budget
-        return self.facts.num_inference_steps
-
     def expected_error(self, schedule: Schedule) -> float:
         """The error to be expected of a schedule that was not tuned: RMS difference of the final sample, relative.
 
@@ -318,32 +304,26 @@ class Calibration(HubFile):
     def _logarithm_of_cost(self, schedule: Schedule) -> float:
         return math.log(max(schedule_cost(self.gram, self.weights(), schedule), 1e-30)) / 2
 
-    def schedule(
-        self,
-        key_steps: Sequence[int],
-        predictor: PredictorName = "taylor",
-        order: int | None = None,
-        *,
-        correct: bool = True,
-    ) -> Schedule:
+    def schedule(self, key_steps: Sequence[int], recipe: Recipe = Recipe()) -> Schedule:
         """A schedule with key steps of your choice, for the model and boundary of this calibration.
 
         Args:
             key_steps: increasing, the first is 0.
-            predictor: as in `predictor`.
-            order: as in `predictor`.
-            correct: whether key steps make up for errors of the skipped steps before them (see
-                `dpcache.plan.corrections`). They cannot where the scheduler's steps are of no known kind.
+            recipe: its predictor, order and correct matter here. Where the scheduler's steps are of no known kind
+                nothing is corrected.
+
+        Raises:
+            ValueError: as `Schedule.from_key_steps`.
         """
         schedule = Schedule.from_key_steps(
             key_steps,
             self.facts.num_inference_steps,
-            predictor=self.predictor(predictor, order),
+            predictor=self.predictor(recipe.predictor, recipe.order),
             boundary=self.facts.boundary,
             model=self.facts.model,
         )
         schedule = schedule.model_copy(update={"sigmas": self.facts.sigmas})
-        if not correct or self._frame is None:
+        if not recipe.corrects or self._frame is None:
             return schedule
         return corrected(schedule, self.gram.mean(axis=0), self._frame)
 
@@ -351,25 +331,13 @@ class Calibration(HubFile):
     def _frame(self) -> Frame | None:
         return frame(self.grid) if self.grid is not None and len(self.gram) else None
 
-    def plan_all(
-        self,
-        *,
-        method: Method = "sampler",
-        predictor: PredictorName = "taylor",
-        order: int | None = None,
-        measured: float | None = None,
-        power: float = 2.0,
-        first_key_steps: int | None = None,
-        last_key_steps: int = 0,
-        max_gap: int | None = None,
-    ) -> dict[int, Plan]:
-        """{K: Plan} for every feasible number of key steps: the whole trade-off, without the schedules."""
-        return plan_all(
-            self.cost(method, predictor=predictor, order=order, measured=measured, power=power),
-            first_key_steps=_forced(method, first_key_steps),
-            last_key_steps=last_key_steps,
-            max_gap=max_gap,
-        )
+    def plan_all(self, recipe: Recipe = Recipe()) -> dict[int, Plan]:
+        """{K: Plan} for every feasible number of key steps: the whole trade-off, without the schedules.
+
+        Raises:
+            CalibrationError, GridError: as `cost`.
+        """
+        return plan_all(self.cost(recipe), **_limits(recipe), objective=recipe.objective)
 
     @classmethod
     def merged(cls, parts: Sequence[Self]) -> Self:
@@ -381,11 +349,11 @@ class Calibration(HubFile):
         if not parts:
             raise CalibrationError("there are no calibrations to merge.")
         first = parts[0].facts
-        for number, part in enumerate(parts):
+        for place, part in enumerate(parts):
             same = {"num_inputs": first.num_inputs, "calls": first.calls}
             if part.facts.model_copy(update=same) != first:
                 raise CalibrationError(
-                    f"calibration {number} was made with another model, grid or way of guidance than the first: merge "
+                    f"calibration {place} was made with another model, grid or way of guidance than the first: merge "
                     "only those that differ in their inputs."
                 )
         inputs = [part.facts.num_inputs for part in parts]
@@ -429,15 +397,9 @@ class Calibration(HubFile):
         return "What was measured of predicting steps instead of computing them: plans come from it.", usage
 
 
-def _budget(num_steps: int, num_key_steps: int | None, speedup: float | None) -> int:
-    if num_key_steps is not None:
-        return num_key_steps
-    assert speedup is not None
-    if not 1 <= speedup <= num_steps:
-        raise ValueError(f"speedup must be from 1 to the number of steps ({num_steps}), got {speedup}.")
-    # A hair more, for 50 / 3.5714... is meant as 14.
-    return math.floor(num_steps / speedup + 1e-9)
-
-
-def _forced(method: Method, first_key_steps: int | None) -> int:
-    return first_key_steps if first_key_steps is not None else 3 if method == "paper" else 1
+def _limits(recipe: Recipe) -> dict[str, Any]:
+    return {
+        "first_key_steps": recipe.forced_first,
+        "last_key_steps": recipe.last_key_steps,
+        "max_gap": recipe.max_gap,
+    }

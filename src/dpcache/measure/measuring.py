@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from tqdm.auto import tqdm
 
 from dpcache.errors import CalibrationError
@@ -22,6 +21,7 @@ from dpcache.run.schedulers import prediction_type
 
 from .calibration import Calibration
 from .calibration_file import Facts
+from .fingerprint import require_same
 from .paper import paper_cost
 from .recording import RecordedRun, record
 from .sensitivity import measure, probing_calls, ratios
@@ -49,7 +49,6 @@ def calibrate(
     seed: int = 0,
     progress: bool = True,
     checkpoint: "str | os.PathLike[str] | None" = None,
-    distribute: bool = False,
     **arguments: Any,
 ) -> Calibration:
     """Runs the pipeline in full on a few inputs and measures what predicting each stretch of steps would cost.
@@ -70,14 +69,12 @@ def calibrate(
         seed: input n gets a generator seeded with `seed + n`, unless it brings its own.
         progress: show a progress bar.
         checkpoint: a directory that keeps what was measured of each input: called again with it, only the others are
-            run.
-        distribute: share the inputs out among the processes of torch.distributed, each with a pipeline of its own on
-            its own device (`accelerate launch`): every process returns the calibration of all of them.
+            run. It also keeps which pipeline, scheduler, model, adapters and weights they were measured with.
         arguments: further arguments of every call; an input's own win.
 
     Raises:
         CalibrationError: no inputs, or a value was NaN or infinite (the message names input and step); or the
-            checkpoint is of other inputs.
+            checkpoint was measured on other inputs, in another way, or with another model, adapter or scheduler.
         UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
         CacheStateError: dpcache is enabled on the pipeline.
     """
@@ -88,10 +85,11 @@ def calibrate(
     steps = num_inference_steps
     per_trial = steps + sum(_tried_budgets(steps))
     total = len(calls) * steps + min(probed, len(calls)) * probing_calls(steps) + len(tried) * per_trial
-    rank, ranks = _place() if distribute else (0, 1)
+    if checkpoint is not None:
+        require_same(Path(checkpoint), pipeline)
     parts: dict[int, Calibration] = {}
-    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress or rank > 0) as bar:
-        for number, call in list(enumerate(calls))[rank::ranks]:
+    with tqdm(total=total, desc="calibrate", unit="step", disable=not progress) as bar:
+        for number, call in enumerate(calls):
             kept = Path(checkpoint) / f"input-{number}-seed-{seed + number}.safetensors" if checkpoint else None
             if kept is not None and kept.exists():
                 parts[number] = _resumed(kept, number, call, boundary, order, number < probed)
@@ -104,38 +102,25 @@ def calibrate(
             parts[number] = part
             if kept is not None:
                 part.save(kept)
-        found = _merged(parts, ranks)
+        found = _merged(parts)
         if tried and len(found.gram):
-            path = Path(checkpoint) / f"tried{f'-{rank}' if rank else ''}.jsonl" if checkpoint else None
-            journal = Journal(path, [calls, seed, boundary, order])
+            path = Path(checkpoint) / "tried.jsonl" if checkpoint else None
+            about = {"inputs": calls, "seed": seed, "boundary": boundary, "order": order}
+            journal = Journal(path, about)
             found = _tried_out(pipeline, found, tried, TRIAL_SEED + seed, journal, partial(bar.update, per_trial))
     return found
 
 
-def _place() -> tuple[int, int]:
-    """Which of how many processes this is."""
-    if not torch.distributed.is_initialized():
-        raise CalibrationError(
-            "distribute=True needs several processes that know each other: start the program with `accelerate launch` "
-            "or torchrun and make an accelerate.PartialState() first."
-        )
-    return torch.distributed.get_rank(), torch.distributed.get_world_size()
-
-
-def _merged(parts: dict[int, Calibration], ranks: int) -> Calibration:
-    """One calibration of all inputs in their order, whichever process measured them."""
-    if ranks > 1:
-        shared: list[Any] = [None] * ranks
-        torch.distributed.all_gather_object(shared, parts)
-        parts = {number: part for some in shared for number, part in some.items()}
+def _merged(parts: dict[int, Calibration]) -> Calibration:
+    """One calibration of all inputs, in their order."""
     first = parts[0].facts.num_inference_steps
-    for number, part in sorted(parts.items()):
+    for number, part in parts.items():
         if part.facts.num_inference_steps != first:
             raise CalibrationError(
                 f"input {number} ran {part.facts.num_inference_steps} steps and those before it {first}: give every "
                 "input the same number of steps."
             )
-    return Calibration.merged([parts[number] for number in sorted(parts)])
+    return Calibration.merged(list(parts.values()))
 
 
 def _measured(
@@ -264,8 +249,10 @@ def _resumed(
     facts = part.facts
     if facts.calls is None:
         raise CalibrationError(
-            f"{path} does not say of which input it is, for there was more in it than text and numbers: delete it."
+            f"{path} does not say of which input it is, because that input held more than text and numbers: delete it."
         )
+    # Where the scheduler's steps could not be seen there was nothing to probe.
+    probed = probed and len(part.gram) > 0
     if (facts.calls, facts.boundary, facts.order) != (_as_json([call]), boundary, order) or part.is_measured != probed:
         raise CalibrationError(
             f"{path} was measured on another input {number}, or in another way: go on with the same arguments, or "

@@ -4,18 +4,20 @@ The cost of a hop from key step j to the next one k depends on the key step i be
 over *pairs* of key steps (i, j). Keeping one predecessor per step, as the recurrence in the paper does, can miss it.
 """
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
+from dpcache.checks import one_of, whole
 from dpcache.errors import InfeasibleBudgetError
+
+from .recipe import Objective
 
 Array = npt.NDArray[np.float64]
 #: What a path costs: the sum of its hops, or the largest of them.
-Objective = Literal["sum", "max"]
 _TOGETHER: dict[Objective, np.ufunc] = {"sum": np.add, "max": np.maximum}
 #: So many numbers are worked on at once: they stay in a processor's cache, and small problems take one call of numpy.
 _AT_ONCE = 2**15
@@ -42,7 +44,6 @@ def plan(
     last_key_steps: int = 0,
     max_gap: int | None = None,
     objective: Objective = "sum",
-    banded: bool = False,
 ) -> Plan:
     """Best plan with exactly `num_key_steps` key steps. Exact: no other choice of key steps costs less.
 
@@ -54,16 +55,13 @@ def plan(
         last_key_steps: steps T - last_key_steps .. T - 1 are key steps.
         max_gap: largest allowed k - j, the final hop to T included; None for no limit.
         objective: what to make least, the `"sum"` of the costs of all hops or the largest of them, `"max"`.
-        banded: `cost` is [T, W+1, W+1], indexed [j, j - i, k - j], and says nothing of gaps beyond W, which are
-            forbidden (see `band`). At T = 1000 and W = 64 it takes 34 MB; the whole tensor would take 8 GB.
 
     Raises:
         InfeasibleBudgetError: no plan with K key steps satisfies the constraints; the message says which K does.
         ValueError: an argument out of range, or a cost tensor of the wrong shape or with NaN.
     """
-    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective, banded)
-    if not 1 <= num_key_steps <= search.steps:
-        raise ValueError(f"num_key_steps must be from 1 to the number of steps ({search.steps}), got {num_key_steps}.")
+    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective)
+    num_key_steps = checked_budget(num_key_steps, search.steps)
     search.run(num_key_steps)
     if found := search.best([num_key_steps]):
         return found[num_key_steps]
@@ -77,7 +75,6 @@ def plan_all(
     last_key_steps: int = 0,
     max_gap: int | None = None,
     objective: Objective = "sum",
-    banded: bool = False,
     max_key_steps: int | None = None,
 ) -> dict[int, Plan]:
     """Best plan for every feasible number of key steps, in one pass.
@@ -90,7 +87,6 @@ def plan_all(
         last_key_steps: as in `plan`.
         max_gap: as in `plan`.
         objective: as in `plan`.
-        banded: as in `plan`.
         max_key_steps: largest number of key steps to plan for; None for all up to T.
 
     Returns:
@@ -99,46 +95,22 @@ def plan_all(
     Raises:
         ValueError: an argument out of range, or a cost tensor of the wrong shape or with NaN.
     """
-    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective, banded)
-    if max_key_steps is not None and max_key_steps < 1:
-        raise ValueError(f"max_key_steps must be 1 or more, or None for no limit, got {max_key_steps}.")
-    most = min(max_key_steps or search.steps, search.steps)
+    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective)
+    most = search.steps if max_key_steps is None else min(whole("max_key_steps", max_key_steps, 1), search.steps)
     search.run(most)
     return search.best(range(1, most + 1))
 
 
-def band(cost: npt.ArrayLike, max_gap: int) -> Array:
-    """What a cost tensor says of gaps up to W = `max_gap`, for `plan(..., banded=True)`.
-
-    Args:
-        cost: [T, T+1, T+1] or [T+1, T+1, T+1], indexed [i, j, k].
-        max_gap: W, 1 or more.
-
-    Returns:
-        float64 [T, W+1, W+1], indexed [j, j - i, k - j]: the cost of going on from key step j, the one before it a gap
-        back, to the next key step or the end a gap ahead. Infinite where there is no such step i or k. Gap j - i = 0
-        is of the first key step alone.
+def checked_budget(num_key_steps: int, num_steps: int) -> int:
+    """K, if it is a whole number from 1 to T.
 
     Raises:
-        ValueError: a gap below 1, or a cost tensor of the wrong shape or with NaN.
+        TypeError, ValueError: it is not.
     """
-    if max_gap < 1:
-        raise ValueError(f"max_gap must be 1 or more, got {max_gap}.")
-    table = _validated(cost)
-    steps = table.shape[1] - 1
-    width = min(max_gap, steps)
-    j, gap, ahead = np.ogrid[:steps, : width + 1, : width + 1]
-    i, k = j - gap, j + ahead
-    hop: Array = table[np.maximum(i, 0), j, np.minimum(k, steps)]
-    hop[np.broadcast_to(~_exists(steps, width), hop.shape)] = np.inf
-    return hop
-
-
-def _exists(steps: int, width: int) -> npt.NDArray[np.bool_]:
-    """[T, W+1, W+1]: whether a hop from j, so far from the key step before it and so far ahead, is between steps."""
-    j, gap, ahead = np.ogrid[:steps, : width + 1, : width + 1]
-    exists: npt.NDArray[np.bool_] = (gap <= j) & ((gap > 0) | (j == 0)) & (ahead > 0) & (j + ahead <= steps)
-    return exists
+    found = whole("num_key_steps", num_key_steps, -sys.maxsize)
+    if not 1 <= found <= num_steps:
+        raise ValueError(f"num_key_steps must be from 1 to the number of steps ({num_steps}), got {found}.")
+    return found
 
 
 class _Search:
@@ -149,35 +121,32 @@ class _Search:
     cost of m key steps that end in state (j, g). Gap 0 belongs to the first key step alone.
     """
 
-    def __init__(
-        self, cost: npt.ArrayLike, first: int, last: int, max_gap: int | None, objective: Objective, banded: bool
-    ) -> None:
-        if objective not in _TOGETHER:
-            raise ValueError(f'objective must be "sum" or "max", got {objective!r}.')
+    def __init__(self, cost: npt.ArrayLike, first: int, last: int, max_gap: int | None, objective: Objective) -> None:
+        one_of("objective", objective, list(_TOGETHER))
         self.together = _TOGETHER[objective]
-        table = _validated_band(cost) if banded else _validated(cost)
-        self.steps = table.shape[0] if banded else table.shape[1] - 1
-        self.first, self.last, self.max_gap = first, last, max_gap
+        table = _validated(cost)
+        self.steps = table.shape[1] - 1
         for name, value in (("first_key_steps", first), ("last_key_steps", last)):
-            if not 0 <= value <= self.steps:
+            if not 0 <= whole(name, value, -sys.maxsize) <= self.steps:
                 raise ValueError(f"{name} must be from 0 to the number of steps ({self.steps}), got {value}.")
-        if max_gap is not None and max_gap < 1:
-            raise ValueError(f"max_gap must be 1 or more, or None for no limit, got {max_gap}.")
-        self.hop = self._hops(table, banded)
+        self.first, self.last = int(first), int(last)
+        self.max_gap = None if max_gap is None else whole("max_gap", max_gap, 1)
+        self.hop = self._hops(table)
 
-    def _hops(self, table: Array, banded: bool) -> Array:
+    def _hops(self, table: Array) -> Array:
         """[T, W+1, W+1] hop costs, W the longest hop that is allowed anywhere."""
         j, k = np.arange(self.steps)[:, None], np.arange(self.steps + 1)
         # A hop may not jump over a step that is forced to be a key step.
         allowed = (k == j + 1) | ((j >= self.first - 1) & (k > j) & (k <= self.steps - self.last))
-        if not banded:
-            allowed &= np.isfinite(table[: self.steps, : self.steps]).any(axis=0)
+        allowed &= np.isfinite(table[: self.steps, : self.steps]).any(axis=0)
         widest = int((k - j)[allowed].max(initial=1))
-        width = min(widest, self.max_gap or widest, table.shape[2] - 1)
-        hop = table[:, : width + 1, : width + 1].copy() if banded else band(table, width)
-        gap = np.arange(width + 1)
-        ahead = allowed[j, np.minimum(j + gap, self.steps)]
-        hop[~(_exists(self.steps, width) & ahead[:, None])] = np.inf
+        width = min(widest, self.max_gap or widest)
+        j, gap, ahead = np.ogrid[: self.steps, : width + 1, : width + 1]
+        i, k = j - gap, j + ahead
+        hop: Array = table[np.maximum(i, 0), j, np.minimum(k, self.steps)]
+        # Gap 0 is of the first key step alone.
+        exists = (gap <= j) & ((gap > 0) | (j == 0)) & (ahead > 0) & (k <= self.steps)
+        hop[~(exists & allowed[j, np.minimum(k, self.steps)])] = np.inf
         return hop
 
     def run(self, max_keys: int) -> None:
@@ -255,17 +224,6 @@ def _validated(cost: npt.ArrayLike) -> Array:
         raise ValueError(f"cost must have shape [T, T+1, T+1] or [T+1, T+1, T+1], got {list(table.shape)}.")
     if size < 2:
         raise ValueError("cost must cover at least one step.")
-    return _without_nan(table)
-
-
-def _validated_band(cost: npt.ArrayLike) -> Array:
-    table = np.asarray(cost, dtype=np.float64)
-    if table.ndim != 3 or table.shape[1] != table.shape[2] or not 2 <= table.shape[1] <= table.shape[0] + 1:
-        raise ValueError(f"a banded cost must have shape [T, W+1, W+1] with 1 <= W <= T, got {list(table.shape)}.")
-    return _without_nan(table)
-
-
-def _without_nan(table: Array) -> Array:
     # The least of them is NaN where any is: one pass, and no copy of what may be large.
     if not table.min() > -np.inf:
         raise ValueError("cost must hold no NaN and no negative infinity; forbidden hops are +infinity.")

@@ -219,6 +219,10 @@ class Schedule(HubFile, BaseModel):
     def _consistent(self) -> Self:
         keys = self.key_steps
         _check_key_steps(keys, self.num_inference_steps)
+        if len(keys) + len(self.predictions) != self.num_inference_steps:  # which may be any number in a broken file
+            raise ValueError(
+                f"predictions must cover the skipped steps and no others; there are {len(self.predictions)}"
+            )
         skipped = set(range(self.num_inference_steps)) - set(keys)
         if set(self.predictions) != skipped:
             odd = sorted(skipped ^ set(self.predictions))
@@ -267,7 +271,7 @@ class Schedule(HubFile, BaseModel):
         remedy = f"Make it anew with {MAKERS['schedule']}."
         try:
             document = json.loads(read_bytes(path, "schedule").decode("utf-8"))
-        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
             raise FileFormatError(f"{path} is not a whole JSON file ({error}). {remedy}") from error
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
             raise FileFormatError(f"{path} is not a dpcache schedule. {remedy}")
@@ -279,6 +283,8 @@ class Schedule(HubFile, BaseModel):
             first = error.errors()[0]
             where = ".".join(str(part) for part in first["loc"]) or "schedule"
             raise FileFormatError(f"{path} is not a valid schedule: {where}: {first['msg']}. {remedy}") from error
+        except RecursionError as error:
+            raise FileFormatError(f"{path} is not a valid schedule: it is nested too deep. {remedy}") from error
         if digest != _digest(schedule.model_dump(mode="json")):
             raise FileFormatError(
                 f"{path} was edited after it was written: its digest does not match. {remedy} "
@@ -298,6 +304,15 @@ class Schedule(HubFile, BaseModel):
             f"    output = pipe(prompt, num_inference_steps={self.num_inference_steps})"
         )
         return "Which steps of the sampling loop to compute in full, and how to predict the others.", usage
+
+    def __repr__(self) -> str:
+        parts = [f"K={len(self.key_steps)} of {self.num_inference_steps}", f"boundary={self.boundary!r}"]
+        parts.append(f"{self.predictor} order {self.order}")
+        if self.corrections:
+            parts.append(f"{len(self.corrections)} corrections")
+        if self.model is not None:
+            parts.append(f"for {self.model.denoiser}")
+        return f"Schedule({', '.join(parts)})"
 
     def __str__(self) -> str:
         steps = ", ".join(str(step) for step in self.key_steps)

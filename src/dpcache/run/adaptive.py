@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from statistics import NormalDist
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +22,11 @@ import torch
 
 from dpcache.errors import CalibrationError
 from dpcache.plan.predictors import Predictor
+from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Schedule, Term
+
+if TYPE_CHECKING:
+    from .plans import Calibrated
 
 Array = npt.NDArray[np.float64]
 #: What to do where a sample's errors are beyond those of the calibration inputs.
@@ -144,25 +148,23 @@ class Guide:
     Args:
         calibration: on the grid.
         schedule: what an ordinary generation follows.
-        judged: arguments of `Calibration.cost`.
+        recipe: how to plan.
         adaptive: whether generations may leave the schedule.
 
     Raises:
         CalibrationError: it is of too few inputs to know how they differ.
     """
 
-    def __init__(self, calibration: Any, schedule: Schedule, judged: dict[str, Any], adaptive: bool) -> None:
+    def __init__(self, calibration: "Calibrated", schedule: Schedule, recipe: Recipe, adaptive: bool) -> None:
         if len(calibration.value_gram) < LEAST_INPUTS:
             raise CalibrationError(
                 f"{len(calibration.value_gram)} calibration inputs do not tell how much inputs differ: calibrate on "
                 f'{LEAST_INPUTS} or more, or enable with adaptive=False and on_drift="ignore".'
             )
-        self.calibration, self.judged = calibration, judged
+        self.calibration, self.recipe = calibration, recipe
         #: Where every step is computed there is nothing to decide.
         self.adaptive = adaptive and schedule.num_key_steps < schedule.num_inference_steps
-        how = {name: judged[name] for name in ("predictor", "order") if name in judged}
-        self.usual = Usual(calibration.value_gram, calibration.predictor(**how))
-        self._how = how
+        self.usual = Usual(calibration.value_gram, calibration.predictor(recipe.predictor, recipe.order))
         self._known: dict[tuple[int, ...], Schedule] = {schedule.key_steps: schedule}
         if self.adaptive:
             self._log_price = self._fitted_price(schedule.num_key_steps)
@@ -171,8 +173,7 @@ class Guide:
 
     @cached_property
     def _cost(self) -> Array:
-        cost: Array = self.calibration.cost(**self.judged)
-        return cost
+        return self.calibration.cost(self.recipe)
 
     @cached_property
     def _tables(self) -> dict[int, npt.NDArray[np.intp]]:
@@ -182,7 +183,7 @@ class Guide:
         """The schedule with these key steps."""
         key = tuple(keys)
         if key not in self._known:
-            self._known[key] = self.calibration.schedule(key, **self._how)
+            self._known[key] = self.calibration.schedule(key, self.recipe)
         return self._known[key]
 
     def path(self, step: int, keys: Sequence[int], residuals: Sequence[float]) -> list[int]:

@@ -17,10 +17,10 @@ from .adaptive import LEAST_INPUTS, Comparison, Decision, Guide, OnDrift
 from .denoisers import identify
 from .generation import Generation
 from .loop import Call, Moved
-from .plans import Planner, Plans
+from .plans import Calibrated, Plans
 from .schedulers import noise_levels
 
-Source = Schedule | Planner | str | os.PathLike[str]
+Source = Schedule | Calibrated | str | os.PathLike[str]
 """What a loop can follow: a schedule, a calibration that plans, or the path of a schedule's file."""
 
 
@@ -67,6 +67,7 @@ class Following:
     def __init__(
         self, source: Source, *, offload: bool, adaptive: bool, on_drift: OnDrift | None, planning: dict[str, Any]
     ) -> None:
+        planning = {name: value for name, value in planning.items() if value is not None}
         if isinstance(source, str | os.PathLike):
             source = Schedule.load(Path(source))
         self._plans: Plans | None = None
@@ -77,7 +78,7 @@ class Following:
                 what = ", ".join(asked)
                 raise TypeError(f"a schedule is planned already: {what} can be given with a calibration only.")
             self.schedule = source
-        elif isinstance(source, Planner):
+        elif isinstance(source, Calibrated):
             self._on_drift = on_drift or ("warn" if len(source.value_gram) >= LEAST_INPUTS else "ignore")
             self._plans = Plans(source, planning, adaptive=adaptive, watched=self._on_drift != "ignore")
             self.schedule, _ = self._plans.own

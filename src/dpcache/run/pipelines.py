@@ -2,9 +2,11 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Never
 
+from dpcache.checks import no_more_arguments
 from dpcache.errors import CacheStateError
+from dpcache.plan.recipe import RECIPE_FIELDS, Recipe
 
 from .adaptive import OnDrift
 from .entry import Entry
@@ -16,16 +18,20 @@ def enable(
     pipeline: Any,
     schedule: Source,
     *,
+    num_key_steps: int | None = None,
+    speedup: float | None = None,
+    max_error: float | None = None,
+    recipe: Recipe | None = None,
     offload: bool = False,
     adaptive: bool = False,
     on_drift: OnDrift | None = None,
-    **planning: Any,
+    **unknown: Never,
 ) -> None:
     """Makes every following call of the pipeline follow the schedule, until `disable`.
 
     Given a calibration instead, every call follows a schedule planned for its own noise levels, whatever its number of
-    steps, shift or resolution: planned when such a call first comes, and remembered. `planning` are arguments of
-    `Calibration.plan`, for example `num_key_steps` (a call with no more steps is computed in full) or `speedup`.
+    steps, shift or resolution: planned when such a call first comes, and remembered. How is said by one of
+    `num_key_steps`, `speedup` and `max_error`, and by `recipe`.
 
     A call is followed from its beginning to its end, however it ends; what other pipelines do with the same parts, what
     runs in a callback or in another thread, is none of its business. Shallow copies of the pipeline follow it as well.
@@ -39,6 +45,10 @@ def enable(
         pipeline: a pipeline of diffusers, modular ones included, or one of your own that calls a `transformer` or
             `unet` and steps a `scheduler`.
         schedule: what to follow; a schedule, a calibration, or the path of a schedule's file.
+        num_key_steps: with a calibration, K; a call with no more steps is computed in full.
+        speedup: with a calibration, T / K instead.
+        max_error: with a calibration, the largest expected error instead (see `Calibration.plan`).
+        recipe: with a calibration, how to plan.
         offload: keep the cached values in host memory (pinned, for a GPU) and bring them back a piece at a time. Takes
             next to nothing of the device's memory, and at every skipped step the time to copy up to order + 1 values:
             worth it for long videos, where a value takes hundreds of megabytes and a full step many seconds.
@@ -51,7 +61,7 @@ def enable(
             calibration inputs that the calibration does not fit: `"warn"`, once; compute the rest of the generation in
             `"full"`, and warn; or `"ignore"`. To warn nothing is read from the device before the last step; `"full"`
             reads a number at every key step. Unless given `"warn"`, with at least four calibration inputs.
-        planning: with a calibration, arguments of `Calibration.plan`.
+        unknown: refused.
 
     Raises:
         CacheStateError: it is enabled already.
@@ -60,9 +70,11 @@ def enable(
             is at work in it.
         CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan`.
         FileNotFoundError, FileFormatError: as `Schedule.load`.
-        TypeError: what only a calibration can do was asked for with a schedule.
+        TypeError: what only a calibration can do was asked for with a schedule, or an argument that there is none of.
     """
+    no_more_arguments(enable, unknown, RECIPE_FIELDS)
     require_disabled(pipeline)
+    planning = {"num_key_steps": num_key_steps, "speedup": speedup, "max_error": max_error, "recipe": recipe}
     following = Following(schedule, offload=offload, adaptive=adaptive, on_drift=on_drift, planning=planning)
     Entry(pipeline, following.schedule.boundary, following, following.admit)
 

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from dpcache.errors import UnsupportedPipelineError
+from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Boundary
 
 from . import scope as scopes
@@ -155,8 +156,11 @@ def following(
     schedule: Source,
     *,
     sigmas: Sequence[float] | None = None,
+    num_key_steps: int | None = None,
+    speedup: float | None = None,
+    max_error: float | None = None,
+    recipe: Recipe | None = None,
     offload: bool = False,
-    **planning: Any,
 ) -> Iterator[FollowedLoop]:
     """Has a loop of one's own follow a schedule: computes the key steps, predicts the others.
 
@@ -170,8 +174,11 @@ def following(
         schedule: as in `dpcache.enable`; with a calibration say for how many key steps to plan.
         sigmas: the loop's noise levels, T and where the last step ends. With a schedule they are compared with those it
             was planned for; a calibration plans for them.
+        num_key_steps: as in `dpcache.enable`.
+        speedup: as in `dpcache.enable`.
+        max_error: as in `dpcache.enable`.
+        recipe: as in `dpcache.enable`.
         offload: as in `dpcache.enable`.
-        planning: with a calibration, arguments of `Calibration.plan`.
 
     Raises:
         UnsupportedPipelineError: it is no `nn.Module`; the schedule needs blocks that are not known; or another cache
@@ -186,6 +193,7 @@ def following(
         ```
     """
     denoisers = as_modules(denoiser)
+    planning = {"num_key_steps": num_key_steps, "speedup": speedup, "max_error": max_error, "recipe": recipe}
     told = Following(schedule, offload=offload, adaptive=False, on_drift=None, planning=planning)
     told.admit(denoisers)
     tell = Told()

@@ -10,6 +10,8 @@ import numpy.typing as npt
 
 from dpcache.errors import GridError
 from dpcache.plan.grids import NoiseGrid
+from dpcache.plan.predictors import Predictor
+from dpcache.plan.recipe import PredictorName, Recipe
 from dpcache.plan.schedule import Schedule
 
 from .adaptive import Guide
@@ -17,31 +19,49 @@ from .schedulers import noise_grid, prediction_type
 
 #: So many plans are remembered: a server may see a thousand resolutions.
 _KEPT = 64
+
+Array = npt.NDArray[np.float64]
+#: What adaptive plans can differ in.
 _JUDGED = ("predictor", "order", "measured", "power")
 
 
-@runtime_checkable
-class Planner(Protocol):
-    """What plans: a `Calibration`, seen from here."""
+class Facts(Protocol):
+    """What is known of the grid that was calibrated on."""
 
     @property
-    def facts(self) -> Any: ...
+    def num_inference_steps(self) -> int: ...
+    @property
+    def scheduler(self) -> str: ...
 
+
+@runtime_checkable
+class Calibrated(Protocol):
+    """What plans are made from: a `dpcache.Calibration`, as far as it is needed here."""
+
+    @property
+    def facts(self) -> Facts: ...
+    @property
+    def value_gram(self) -> Array: ...
     @property
     def grid(self) -> NoiseGrid | None: ...
-
-    @property
-    def value_gram(self) -> npt.NDArray[np.float64]: ...
-
-    def plan(self, *args: Any, **kwargs: Any) -> Schedule: ...
-
-    def schedule(self, *args: Any, **kwargs: Any) -> Schedule: ...
-
-    def cost(self, *args: Any, **kwargs: Any) -> npt.NDArray[np.float64]: ...
-
-    def predictor(self, *args: Any, **kwargs: Any) -> Any: ...
-
-    def on_grid(self, *args: Any, **kwargs: Any) -> "Planner": ...
+    def on_grid(
+        self,
+        num_inference_steps: int | None = None,
+        *,
+        sigmas: Sequence[float] | None = None,
+        scheduler: Any = None,
+    ) -> "Calibrated": ...
+    def predictor(self, name: PredictorName = ..., order: int | None = ...) -> Predictor: ...
+    def cost(self, recipe: Recipe = ...) -> Array: ...
+    def schedule(self, key_steps: Sequence[int], recipe: Recipe = ...) -> Schedule: ...
+    def plan(
+        self,
+        num_key_steps: int | None = ...,
+        *,
+        speedup: float | None = ...,
+        max_error: float | None = ...,
+        recipe: Recipe = ...,
+    ) -> Schedule: ...
 
 
 class Plans:
@@ -49,21 +69,25 @@ class Plans:
 
     Args:
         calibration: what to plan from.
-        settings: of `Calibration.plan`. A loop with no more steps than `num_key_steps` is computed in full.
+        settings: num_key_steps, speedup or max_error, and recipe, as `Calibration.plan` has them. A loop with no more
+            steps than `num_key_steps` is computed in full.
         adaptive: whether generations may leave the schedule (see `dpcache.run.adaptive`).
         watched: whether errors at key steps are compared with those of the calibration.
 
     Raises:
         CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan` on the calibration's own grid.
-        TypeError: a setting that adaptive plans do not have.
+        TypeError: a field of the recipe that adaptive plans do not have.
     """
 
     def __init__(
-        self, calibration: Planner, settings: dict[str, Any], *, adaptive: bool = False, watched: bool = False
+        self, calibration: Calibrated, settings: dict[str, Any], *, adaptive: bool = False, watched: bool = False
     ) -> None:
         self.calibration, self.settings = calibration, settings
         self._adaptive, self._watched = adaptive, watched
-        if adaptive and (fixed := set(settings) - {"num_key_steps", "speedup", "max_error", *_JUDGED}):
+        self._recipe: Recipe = settings.get("recipe", Recipe())
+        plain = Recipe(**{name: getattr(self._recipe, name) for name in _JUDGED})
+        fixed = [name for name, value in vars(self._recipe).items() if value != getattr(plain, name)]
+        if adaptive and fixed:
             raise TypeError(f"adaptive plans have no {', '.join(sorted(fixed))}: leave it out, or adaptive=True.")
         #: For the grid that was recorded.
         self.own = self._planned(calibration)
@@ -106,7 +130,7 @@ class Plans:
             return self.own
         return self._planned(self.calibration.on_grid(scheduler=noise_grid(scheduler, start)))
 
-    def _planned(self, calibration: Planner) -> tuple[Schedule, Guide | None]:
+    def _planned(self, calibration: Calibrated) -> tuple[Schedule, Guide | None]:
         steps, settings = calibration.facts.num_inference_steps, dict(self.settings)
         for name in ("num_key_steps", "speedup"):
             if settings.get(name) is not None:
@@ -114,6 +138,5 @@ class Plans:
         schedule = calibration.plan(**settings)
         if not self._adaptive and not self._watched:
             return schedule, None
-        judged = {name: settings[name] for name in _JUDGED if name in settings}
-        guide = Guide(calibration, schedule, judged, self._adaptive)
+        guide = Guide(calibration, schedule, self._recipe, self._adaptive)
         return guide.start, guide

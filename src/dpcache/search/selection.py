@@ -3,10 +3,11 @@
 No single way of planning wins on every model, but trying one is cheap: a run with K key steps costs K full calls.
 """
 
+import hashlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from tqdm.auto import tqdm
 
 from dpcache.errors import CalibrationError, InfeasibleBudgetError
 from dpcache.files.journal import Journal, digest
-from dpcache.measure.calibration import Calibration, Method, PredictorName
+from dpcache.measure.calibration import Calibration
+from dpcache.measure.fingerprint import fingerprint
 from dpcache.measure.measuring import TRIAL_SEED, calibrate
 from dpcache.measure.trials import Trial, average_error
-from dpcache.plan.planner import Objective
+from dpcache.plan.recipe import PredictorName, Recipe
 from dpcache.plan.schedule import Boundary, Schedule
 from dpcache.run.inputs import Input, call_arguments, seeded
 from dpcache.run.pipelines import require_disabled
@@ -30,45 +32,6 @@ from .tuning import RIDGES, Direction, directions, normal_equations, proposals
 FITTED_SHARE = 0.6
 #: So many candidates are run in all trials and tuned, however badly one of them fares in the first.
 FINALISTS = 3
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """One way to plan.
-
-    Attributes:
-        predictor: what predicts (see `Calibration.predictor`).
-        order: its order.
-        measured: what of the measured sensitivity to believe, 0 to 1 (see `Calibration.weights`).
-        method: how errors are judged (see `Calibration.cost`).
-        power: of errors in the cost (see `costs.sampler_cost`).
-        objective: what is made least, the sum over the hops or the largest.
-        first_key_steps: steps forced at the beginning; None as many as the method wants.
-        last_key_steps: steps forced at the end.
-    """
-
-    predictor: PredictorName = "taylor"
-    order: int = 2
-    measured: float | None = None
-    method: Method = "sampler"
-    power: float = 2.0
-    objective: Objective = "sum"
-    first_key_steps: int | None = None
-    last_key_steps: int = 0
-
-    def __str__(self) -> str:
-        parts = [f"{self.predictor} of order {self.order}, {self.method} cost"]
-        if self.measured is not None:
-            parts.append(f"{self.measured:.0%} of the measured sensitivity")
-        if self.power != 2:
-            parts.append(f"errors to the power {self.power:g}")
-        if self.objective != "sum":
-            parts.append("least largest hop")
-        if self.first_key_steps is not None:
-            parts.append(f"{self.first_key_steps} forced at the start")
-        if self.last_key_steps:
-            parts.append(f"{self.last_key_steps} forced at the end")
-        return ", ".join(parts)
 
 
 _PREDICTORS: tuple[tuple[PredictorName, int], ...] = (("taylor", 1), ("taylor", 2), ("fitted", 2))
@@ -90,7 +53,6 @@ def optimize(
     boundary: Boundary = "blocks",
     num_trials: int = 8,
     tune: int = 2,
-    polish: int = 0,
     seed: int = 0,
     progress: bool = True,
     checkpoint: "str | os.PathLike[str] | None" = None,
@@ -111,7 +73,6 @@ def optimize(
         boundary: what to cache and predict (see `calibrate`).
         num_trials: as in `select`.
         tune: as in `select`.
-        polish: as in `select`.
         seed: of the noise.
         progress: show progress bars.
         checkpoint: a directory that keeps what was measured: called again with it, the rest is done.
@@ -142,7 +103,6 @@ def optimize(
         fitting_inputs=inputs[:fitted],
         num_trials=num_trials,
         tune=tune,
-        polish=polish,
         seed=seed,
         progress=progress,
         checkpoint=Path(checkpoint) / f"select-{num_key_steps}.jsonl" if checkpoint is not None else None,
@@ -160,7 +120,6 @@ def select(
     recipes: Sequence[Recipe] = RECIPES,
     num_trials: int = 8,
     tune: int = 2,
-    polish: int = 0,
     seed: int = 0,
     progress: bool = True,
     checkpoint: "str | os.PathLike[str] | None" = None,
@@ -187,8 +146,6 @@ def select(
         num_trials: how many runs to judge by, and how many to tune on, at least; with fewer inputs they are repeated
             with other noise.
         tune: rounds of tuning; 0 leaves the coefficients as planned.
-        polish: how many further runs with K full calls may be spent, before tuning, on moving single key steps of the
-            best plan, each move kept if it lowers the error over all trials.
         seed: of the noise.
         progress: show a progress bar.
         checkpoint: a file that keeps every result: called again with it, only what is missing is run.
@@ -213,9 +170,10 @@ def select(
     }
     judging = call_arguments(_known(inputs, calibration), defaults)
     fitting = call_arguments(_known(fitting_inputs, calibration), defaults)
-    about = [judging, fitting, seed, calibration.facts.model_dump(), calibration.gram.tobytes().hex()[:64]]
-    journal = Journal(checkpoint, about)
-    most = _most_runs(len(candidates), len(judging), len(fitting), num_key_steps, num_trials, tune, polish)
+    journal = Journal(
+        checkpoint, _about(pipeline, calibration, judging, fitting, seed) if checkpoint is not None else {}
+    )
+    most = _most_runs(len(candidates), len(judging), len(fitting), num_key_steps, num_trials, tune)
     with tqdm(desc="select", unit="run", total=most, disable=not progress) as bar:
         search = _Search(
             calibration,
@@ -223,7 +181,6 @@ def select(
             _trials(pipeline, fitting, num_trials, 2 * TRIAL_SEED + seed, journal, "fitting", bar.update),
         )
         finalists = search.halved(candidates)
-        finalists = [search.polished(finalists[0], polish), *finalists[1:]]
         if tune:
             finalists = [search.tuned(finalist) for finalist in finalists]
         best = min(finalists, key=_Candidate.average)
@@ -232,6 +189,18 @@ def select(
         bar.total = bar.n  # most of what a journal knows, or nothing improves on, is not run
     source = f"best of {len(candidates)} plans in {len(search.judging)} trials{best.tuned}: {best.recipe}"
     return best.schedule.model_copy(update={"error": best.average(), "expected_error": None, "source": source})
+
+
+def _about(pipeline: Any, calibration: Calibration, judging: Any, fitting: Any, seed: int) -> dict[str, Any]:
+    """What the results of a search depend on."""
+    found = fingerprint(pipeline)
+    return {
+        "inputs": [judging, fitting],
+        "seed": seed,
+        "calibration": [calibration.facts.model_dump(), hashlib.sha256(calibration.gram.tobytes()).hexdigest()],
+        "scheduler": found.scheduler,
+        "model, adapter or weights": [found.pipeline, found.model, found.weights],
+    }
 
 
 @dataclass
@@ -296,12 +265,6 @@ class _Search:
         candidate.errors = [trial.error(candidate.schedule) for trial in self.judging]
         return candidate
 
-    def polished(self, best: _Candidate, runs: int) -> _Candidate:
-        """The candidate, or one with some of its key steps moved, if that is better in all trials."""
-        for candidate in _moves(best, self.calibration, runs // len(self.judging)):
-            best = min(best, self.judged(candidate), key=_Candidate.average)
-        return best
-
     def tuned(self, best: _Candidate) -> _Candidate:
         """The candidate, or one with tuned coefficients, if that is better in the trials it was not fitted to."""
         ways = directions(best.schedule, self.calibration)
@@ -341,9 +304,7 @@ def _trials(
     ]
 
 
-def _most_runs(
-    candidates: int, judging: int, fitting: int, num_key_steps: int, num_trials: int, tune: int, polish: int
-) -> int:
+def _most_runs(candidates: int, judging: int, fitting: int, num_key_steps: int, num_trials: int, tune: int) -> int:
     """About how many runs `select` makes at most, in full, cached or in part, so that its bar has an end."""
     judged, fitted = (inputs * math.ceil(num_trials / inputs) for inputs in (judging, fitting))
     kept, tried = candidates, 0
@@ -352,7 +313,7 @@ def _most_runs(
         kept = max(min(kept, FINALISTS), math.ceil(kept / 2)) if number else kept
     rounds = min(candidates, FINALISTS) + tune - 1 if tune else 0
     per_round = fitted * (1 + num_key_steps) + len(RIDGES) * judged
-    return judged + tried + polish + (fitted + rounds * per_round if tune else 0)
+    return judged + tried + (fitted + rounds * per_round if tune else 0)
 
 
 def _name(schedule: Schedule) -> str:
@@ -369,7 +330,7 @@ def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[
         if recipe.measured and not calibration.is_measured:
             continue
         try:
-            schedule = calibration.plan(num_key_steps, **vars(recipe))
+            schedule = calibration.plan(num_key_steps, recipe=recipe)
         except InfeasibleBudgetError as error:
             infeasible = error
         else:
@@ -378,32 +339,3 @@ def _candidates(calibration: Calibration, num_key_steps: int, recipes: Sequence[
     if not found:
         raise infeasible
     return list(found.values())
-
-
-def _moves(best: _Candidate, calibration: Calibration, count: int) -> Iterator[_Candidate]:
-    """At most `count` candidates, each with one key step moved by one or two from the best known by then.
-
-    The one that receives them measures each before it asks for the next.
-    """
-    tried = {best.schedule.key_steps}
-    while count:
-        keys = best.schedule.key_steps
-        moved = [
-            tuple(sorted({*keys[:place], key + way, *keys[place + 1 :]}))
-            for way in (1, -1, 2, -2)
-            for place, key in enumerate(keys)
-        ]
-        last = best.schedule.num_inference_steps - 1
-        fresh = [m for m in moved if len(m) == len(keys) and m[0] == 0 and m[-1] <= last and m not in tried]
-        if not fresh:
-            return
-        for steps in fresh:
-            tried.add(steps)
-            candidate = _Candidate(calibration.schedule(steps, best.recipe.predictor, best.recipe.order), best.recipe)
-            yield candidate
-            count -= 1
-            if not count:
-                return
-            if candidate.average() < best.average():
-                best = candidate
-                break

@@ -1,5 +1,6 @@
 """`dpcache calibrate`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -43,13 +44,14 @@ def calibrate(
         check_folder(checkpoint)
     pipeline, inputs = load(model, inputs, arguments)
 
+    from dpcache.measure.fingerprint import fingerprint
     from dpcache.measure.measuring import calibrate as run
 
-    from .partial import fingerprint, kept
+    from .partial import kept
 
     terminal.note(f"calibrating {model} on {terminal.counted(len(inputs), 'input')}, {steps} steps each")
     about = {
-        "model": [model, fingerprint(pipeline)],
+        "model": [model, asdict(fingerprint(pipeline))],
         "prompts": inputs,
         "--steps": steps,
         "--boundary": boundary,

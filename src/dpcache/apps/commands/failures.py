@@ -13,6 +13,7 @@ FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 _LENGTH = 700
 #: What the library calls its arguments -> the options that set them.
 _OPTIONS = (
+    (re.compile(r"\bRecipe\((.*?)\)"), r"\1"),
     (re.compile(r'\b(sensitivity|method|boundary)="(\w+)"'), r"--\1 \2"),
     (re.compile(r"\b(order|measured)=([\d.]*\d)"), r"--\1 \2"),
     (re.compile(r"\bnum_key_steps\b"), "--key-steps"),

@@ -1,5 +1,6 @@
 """`dpcache optimize`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -22,7 +23,6 @@ def optimize(
     boundary: Boundary = "blocks",
     trials: Annotated[int, typer.Option(min=1, help="Runs to judge by, and as many to tune on.")] = 8,
     tune: Annotated[int, typer.Option(min=0, help="Rounds of tuning the coefficients; 0: none.")] = 2,
-    polish: Annotated[int, typer.Option(min=0, help="Runs to spend on moving single key steps before tuning.")] = 0,
     seed: Seed = 0,
     checkpoint: Checkpoint = None,
     restart: Restart = False,
@@ -44,13 +44,14 @@ def optimize(
         check_folder(checkpoint)
     pipeline, inputs = load(model, inputs, arguments)
 
+    from dpcache.measure.fingerprint import fingerprint
     from dpcache.search.selection import optimize as run
 
-    from .partial import fingerprint, kept
+    from .partial import kept
 
     terminal.note(f"optimizing {num_key_steps} of {steps} steps of {model} on {terminal.counted(len(inputs), 'input')}")
     about = {
-        "model": [model, fingerprint(pipeline)],
+        "model": [model, asdict(fingerprint(pipeline))],
         "prompts": inputs,
         "--steps": steps,
         "--boundary": boundary,
@@ -66,7 +67,6 @@ def optimize(
             boundary=boundary,
             num_trials=trials,
             tune=tune,
-            polish=polish,
             seed=seed,
             progress=terminal.progress(),
             checkpoint=folder,

@@ -6,11 +6,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from dpcache.errors import CalibrationError
 from dpcache.files.journal import digest
 from dpcache.files.whole import write_whole
+from dpcache.measure.fingerprint import FILE
 
 from . import terminal
 
@@ -58,21 +57,6 @@ def kept(output: Path, checkpoint: Path | None, about: Mapping[str, Any], *, res
         _clear(folder)
 
 
-def fingerprint(pipeline: Any) -> str:
-    """A short name for the weights and settings of a pipeline, which its path or configuration may not tell apart."""
-    parts: list[Any] = [sorted(pipeline.scheduler.config.items())]
-    for name, component in sorted(pipeline.components.items()):
-        if isinstance(component, torch.nn.Module):
-            # A few numbers of every parameter: whoever trains or merges a model changes some of them.
-            firsts = [
-                parameter.detach().flatten()[:4].double().sum().item()
-                for parameter in component.parameters()
-                if type(parameter.data) is torch.Tensor and not parameter.is_meta
-            ]
-            parts.append([name, type(component).__name__, firsts])
-    return digest(parts)
-
-
 def _measured(folder: Path) -> str:
     return terminal.counted(len(list(folder.glob("input-*.safetensors"))), "input")
 
@@ -83,7 +67,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _clear(folder: Path) -> None:
-    for path in [*_files(folder), folder / _ABOUT]:
+    for path in [*_files(folder), folder / _ABOUT, folder / FILE]:
         path.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # not empty, or not there
         folder.rmdir()

@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from dpcache.plan.recipe import Recipe
+
 from . import terminal
 from .following import read_calibration
 from .options import CALIBRATION_HELP, Output
@@ -52,16 +54,13 @@ def plan(
     if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
         raise typer.BadParameter("give one of --key-steps, --speedup and --max-error.")
     check_file(output, "schedule", [".json"])
+    recipe = Recipe(measured=measured, method=method, first_key_steps=first, last_key_steps=last, max_gap=max_gap)
     schedule = read_calibration(calibration).plan(
         num_key_steps,
         speedup=speedup,
         max_error=max_error,
+        recipe=recipe,
         num_inference_steps=steps,
-        method=method,
-        measured=measured,
-        first_key_steps=first,
-        last_key_steps=last,
-        max_gap=max_gap,
     )
     schedule.save(output)
     expected = "" if schedule.expected_error is None else f", expected error {schedule.expected_error:.2%}"

@@ -10,14 +10,17 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from dpcache.plan.recipe import Recipe
+
 from . import terminal
 from .following import is_calibration, read_calibration, read_schedule
 from .options import SCHEDULE_HELP
 from .plan import facts as schedule_facts
 
 if TYPE_CHECKING:
-    from dpcache.measure.calibration import Calibration, Method
+    from dpcache.measure.calibration import Calibration
     from dpcache.plan.planner import Plan
+    from dpcache.plan.recipe import Method
     from dpcache.plan.schedule import Schedule
 
 
@@ -118,7 +121,7 @@ def _show_calibration(name: str, calibration: "Calibration", chosen: int | None)
     table.add_row("sensitivity measured", measured)
     steps = calibration.facts.num_inference_steps
     method: Method = "sampler" if len(calibration.gram) else "paper"
-    found = calibration.plan_all(method=method)
+    found = calibration.plan_all(Recipe(method=method))
     plans = {k: plan for k, plan in found.items() if plan.cost > 0 and (k <= steps // 2 or k == chosen)}
     errors = _errors(calibration, plans)
     terminal.result(

@@ -18,9 +18,10 @@ from markupsafe import Markup
 from dpcache import __version__
 from dpcache.files.whole import write_whole
 from dpcache.judge.comparison import Comparison, Sample
-from dpcache.measure.calibration import Calibration, Method
+from dpcache.measure.calibration import Calibration
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.planner import Plan
+from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Schedule
 
 from .explorer import explorer_data, path_cost
@@ -88,7 +89,7 @@ def write_report(
     model: str,
     comparisons: Sequence[Comparison],
     calibration: Calibration | None = None,
-    method: Method = "sampler",
+    recipe: Recipe = Recipe(),
     plans: Mapping[int, Plan] = {},
     facts: Mapping[str, str] = {},
 ) -> Path:
@@ -104,7 +105,7 @@ def write_report(
         model: what was accelerated, as readers know it.
         comparisons: one per schedule, all over the same inputs.
         calibration: what the schedules were planned from; without it the page says nothing of costs.
-        method: by which of the calibration's costs the schedules were planned.
+        recipe: how the schedules were planned.
         plans: {K: Plan}, as `calibration.plan_all` gives them, for the curve of cost against K.
         facts: further facts to list at the end, {name: value}.
 
@@ -142,8 +143,8 @@ def write_report(
         timelines={name: timeline(comparison.schedule, timesteps) for name, comparison in named.items()},
         plans=dict(sorted(plans.items())),
         facts={**(_calibration_facts(calibration) if calibration else {}), **facts, **_versions()},
-        method=method,
-        figures=_figures(calibration.cost(method), named, plans) if calibration else None,
+        method=recipe.method,
+        figures=_figures(calibration.cost(recipe), named, plans) if calibration else None,
         style=Markup(_part("page.css")),
         scripts=[_script(name) for name in SCRIPTS],
     )
