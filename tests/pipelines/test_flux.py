@@ -251,9 +251,8 @@ def test_no_more_than_order_plus_one_values_per_branch(flux, boundary, order):
 
 
 def test_values_of_another_shape_are_never_used(flux):
-    """A pipeline that changes its batch half-way begins anew with the values of the new shape."""
-    schedule = schedule_for()
-    with dpcache.enabled(flux, schedule), Spy(flux) as spy:
+    """A loop that changes its batch half-way begins anew with the values of the new shape."""
+    with dpcache.following(flux.transformer, schedule_for()) as loop, Spy(flux) as spy:
         flux.scheduler.set_timesteps(STEPS, mu=0.5, sigmas=np.linspace(1, 1 / STEPS, STEPS))
         embeds, pooled, text_ids = flux.encode_prompt(
             [PROMPT, "a large blue circle on a white background, left"], max_sequence_length=24
@@ -281,7 +280,7 @@ def test_values_of_another_shape_are_never_used(flux):
                     return_dict=False,
                 )[0]
             latents = flux.scheduler.step(velocity, t, latents, return_dict=False)[0]
-        stats = dpcache.stats(flux)
+        stats = loop.stats()
     # From step 4 on the batch is smaller: as at step 0, three steps in a row are computed, then the schedule's own.
     assert stats.predicted_steps == (3, 7, 9, 10, 11)
     assert stats.computed_steps == (0, 1, 2, 4, 5, 6, 8)
@@ -358,12 +357,3 @@ def test_a_schedule_for_another_model_is_refused(flux):
 def test_what_is_no_pipeline_is_refused():
     with pytest.raises(dpcache.UnsupportedPipelineError, match="Pass a diffusers pipeline"):
         dpcache.enable(object(), schedule_for())
-
-
-def test_a_replaced_scheduler_is_noticed(flux):
-    original = flux.scheduler
-    with dpcache.enabled(flux, schedule_for()):
-        flux.scheduler = type(original).from_config(original.config)
-        with pytest.warns(UserWarning, match="scheduler was replaced"):
-            draw(flux)
-    flux.scheduler = original

@@ -15,6 +15,7 @@ from dpcache.run.inputs import quiet
 from dpcache.run.loop import Branch, Call, Moved
 from dpcache.run.pipelines import require_disabled
 from dpcache.run.schedulers import noise_levels, step_influence
+from dpcache.run.scope import Told
 from dpcache.run.sums import keep
 
 #: Columns of the values that are multiplied at a time.
@@ -132,7 +133,7 @@ class Recording:
         self._on_step = on_step
         self._recorders: list[Recorder] = []
 
-    def begin(self, pipeline: Any, tell: Callable[[str], None]) -> "Recorder":
+    def begin(self, pipeline: Any, tell: Told) -> "Recorder":
         """A sampling loop begins."""
         self._recorders = [*self._longest(), Recorder(self._on_step)]
         return self._recorders[-1]

@@ -17,6 +17,7 @@ from dpcache.plan.predictors import Taylor
 from dpcache.run.entry import entered
 from dpcache.run.inputs import quiet
 from dpcache.run.loop import Branch, Call, Moved
+from dpcache.run.scope import Told
 
 PROBES = 12
 """Steps at which to measure, at most; dense at the beginning, where most depends on the step."""
@@ -91,7 +92,7 @@ class _Prober:
         self.received: dict[int, torch.Tensor] = {}
         self._values: dict[Branch, dict[int, torch.Tensor]] = {}
 
-    def begin(self, pipeline: Any, tell: Callable[[str], None]) -> "_Prober":
+    def begin(self, pipeline: Any, tell: Told) -> "_Prober":
         return self
 
     def located(self, scheduler: Any, size: int, start: int) -> None:

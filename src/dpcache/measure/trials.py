@@ -8,12 +8,14 @@ import numpy.typing as npt
 import torch
 
 from dpcache.plan.schedule import Schedule
+from dpcache.run.boundary import Forms
 from dpcache.run.entry import entered
 from dpcache.run.follower import Follower, Following
 from dpcache.run.inputs import drawn, quiet, seeded
 from dpcache.run.loop import Branch, Call, Moved
 from dpcache.run.packing import take_apart
 from dpcache.run.pipelines import enabled
+from dpcache.run.scope import Told
 
 Array = npt.NDArray[np.float64]
 #: Relative errors below this are none: it keeps logarithms finite.
@@ -88,6 +90,7 @@ class _Rerun:
         self._start: int | None = None
         self._outputs: dict[tuple[int, Branch], _Kept] = {}
         self._values: dict[tuple[int, Branch], _Kept] = {}
+        self._forms: Forms | None = None
         self.follow(schedule, None)
 
     def follow(self, schedule: Schedule, start: int | None) -> None:
@@ -95,7 +98,7 @@ class _Rerun:
         self._following = Following(schedule, offload=False, adaptive=False, on_drift=None, planning={})
         self._start = start
 
-    def begin(self, pipeline: Any, tell: Callable[[str], None]) -> "_Rerun":
+    def begin(self, pipeline: Any, tell: Told) -> "_Rerun":
         self._follower: Follower = self._following.begin(pipeline, tell)
         return self
 
@@ -113,6 +116,9 @@ class _Rerun:
 
     def call(self, call: Call) -> Any:
         key = call.step, call.branch
+        if self._forms is None:
+            self._forms = call.forms
+        call.forms = self._forms  # what the first run returned gives the form of predictions in all of them
         if self._start is None:
             output = self._follower.call(_Remembering(call, self._values))
             self._outputs[key] = _Kept(output)

@@ -32,7 +32,7 @@ from .scope import Scope, Told
 class Watcher(Protocol):
     """What a pipeline is entered for: to follow a schedule, to record, ..."""
 
-    def begin(self, pipeline: Any, tell: Callable[[str], None]) -> Observer:
+    def begin(self, pipeline: Any, tell: Told) -> Observer:
         """The observer of a sampling loop that begins; `tell` warns, each text once."""
 
 

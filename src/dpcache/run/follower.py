@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from .generation import Generation
 from .loop import Call, Moved
 from .plans import Calibrated, Plans
 from .schedulers import noise_levels
+from .scope import Told
 
 Source = Schedule | Calibrated | str | os.PathLike[str]
 """What a loop can follow: a schedule, a calibration that plans, or the path of a schedule's file."""
@@ -102,7 +103,7 @@ class Following:
                 "inputs) and plan anew."
             )
 
-    def begin(self, pipeline: Any, tell: Callable[[str], None]) -> "Follower":
+    def begin(self, pipeline: Any, tell: Told) -> "Follower":
         """A sampling loop of this pipeline begins; `tell` warns, each text once."""
         scheduler = pipeline.scheduler
         # Read now, while the device has nothing to do, what is compared after the first step.
@@ -110,7 +111,7 @@ class Following:
         levels = noise_levels(scheduler) if knows and getattr(scheduler, "timesteps", None) is not None else None
         return self._begun(Follower(self, levels, tell))
 
-    def begin_at(self, levels: Sequence[float] | None, tell: Callable[[str], None]) -> "Follower":
+    def begin_at(self, levels: Sequence[float] | None, tell: Told) -> "Follower":
         """A loop of one's own begins, with these noise levels if they are known."""
         follower = self._begun(Follower(self, levels, tell))
         size = len(levels) - 1 if levels is not None else self.schedule.num_inference_steps
@@ -133,7 +134,7 @@ class Following:
                 self._add(self._total, follower)
 
     def part(
-        self, scheduler: Any, levels: Sequence[float] | None, size: int, start: int, tell: Callable[[str], None]
+        self, scheduler: Any, levels: Sequence[float] | None, size: int, start: int, tell: Told
     ) -> tuple[Schedule, Guide | None] | None:
         """What a loop follows from this step of a grid of this size on; None, and a word to the user, if nothing."""
         left = levels[start:] if levels is not None else None
@@ -161,7 +162,8 @@ class Following:
             tell(
                 f"the schedule was planned for noise levels {_shown(schedule.sigmas)}, this call has {_shown(left)} "
                 "(another shift, size or kind of sigmas): its key steps are followed by their number, and may be badly "
-                "placed. Give dpcache.enable a calibration, which plans for every call, or calibrate with these."
+                "placed. Give dpcache.enable a calibration, which plans for every call, or calibrate with these.",
+                "levels",
             )
         return part, None
 
@@ -201,7 +203,7 @@ class Follower:
         tell: warns, each text once.
     """
 
-    def __init__(self, following: Following, levels: Sequence[float] | None, tell: Callable[[str], None]) -> None:
+    def __init__(self, following: Following, levels: Sequence[float] | None, tell: Told) -> None:
         self._following, self._levels, self._tell = following, levels, tell
         self.comparison: Comparison | None = None
         self.generation = Generation(None, offload=following.offload)
@@ -238,7 +240,7 @@ class Follower:
         self.generation.close()
         self._following.ended(self)
         if self.comparison is not None and (warning := self.comparison.warning()) is not None:
-            self._tell(warning)
+            self._tell(warning, "drift")
 
 
 def _shown(levels: Sequence[float]) -> str:

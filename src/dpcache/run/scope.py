@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 class Told:
-    """Warns, each text once."""
+    """Warns, each text once; or once of a kind, where the text has figures in it that change."""
 
     def __init__(self) -> None:
-        self._texts: set[str] = set()
+        self._known: set[str] = set()
 
-    def __call__(self, text: str) -> None:
-        if text not in self._texts:
-            self._texts.add(text)
+    def __call__(self, text: str, kind: str = "") -> None:
+        if (kind or text) not in self._known:
+            self._known.add(kind or text)
             warnings.warn(text, stacklevel=4)
 
 
