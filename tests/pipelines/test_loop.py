@@ -142,7 +142,7 @@ def test_nothing_reads_what_feeds_the_blocks_where_none_runs(name: str, monkeypa
     with dpcache.enabled(watched.pipe, watched.schedule()):
         expected = watched.draw()
     with_feeders(feeders, kind, monkeypatch)
-    monkeypatch.setattr(boundary_module, "_blank_like", nothing_but_nan)
+    monkeypatch.setattr(boundary_module, "blank_like", nothing_but_nan)
     with dpcache.enabled(watched.pipe, watched.schedule()), Spy() as spy:
         runs = [spy.count(next(iter(m.modules()))) for d in watched.denoisers for m in find_feeders(d)]
         assert same(watched.draw(), expected)

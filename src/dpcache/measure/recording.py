@@ -190,6 +190,9 @@ class Recorder:
     def restart(self) -> None:
         """Of no account: nothing is predicted."""
 
+    def will_predict(self, step: int) -> bool:
+        return False
+
     def end(self) -> None:
         """Of no account."""
 

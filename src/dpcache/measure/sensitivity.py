@@ -133,5 +133,8 @@ class _Prober:
     def restart(self) -> None:
         pass
 
+    def will_predict(self, step: int) -> bool:
+        return False
+
     def end(self) -> None:
         pass

@@ -111,6 +111,9 @@ class _Rerun:
     def restart(self) -> None:
         self._follower.restart()
 
+    def will_predict(self, step: int) -> bool:
+        return False
+
     def end(self) -> None:
         self._follower.end()
 

@@ -115,11 +115,12 @@ class _FeederHook(Hook):
         output = self.beneath(*args, **kwargs)
         if self.tap.reading:
             # Called twice in one call, it may return two shapes: then it runs.
-            known[place] = None if place in known else _blank_like(output)
+            known[place] = None if place in known else blank_like(output)
         return output
 
 
-def _blank_like(output: Any) -> Callable[[], Any]:
+def blank_like(output: Any) -> Callable[[], Any]:
+    """Makes something of the same form, with nothing in it."""
     tensors, build = take_apart(output)
     kinds = [(tensor.shape, tensor.dtype, tensor.device) for tensor in tensors]
 

@@ -17,9 +17,18 @@ from dpcache.plan.schedule import ModelIdentity
 from .layouts import BLOCK_STACKS
 
 #: Where pipelines keep the networks that are called at every step. Those that switch between two within one sampling
-#: loop call the second `transformer_2`.
-_DENOISER_ATTRIBUTES = ("transformer", "unet", "transformer_2")
+#: loop call the second `transformer_2`; a second one for the unconditional call has a name of its own.
+_DENOISER_ATTRIBUTES = ("transformer", "unet", "transformer_2", "unconditional_transformer")
+#: Where pipelines keep it that have none of the above.
+_OTHER_ATTRIBUTES = ("prior", "decoder", "image_unet")
+#: Networks that are called beside it at every step, for the denoiser alone to read what they return.
+_AUXILIARY_ATTRIBUTES = ("controlnet",)
 
+#: What schedulers can do in whose loops steps are not what a schedule means by it, and why.
+_OTHER_STEPS = {
+    "undo_step": "goes back to noisier steps again and again",
+    "step_correct": "corrects its steps by further calls of the denoiser at noise levels of their own",
+}
 #: How the class names of pipelines begin that have no step of the whole: every frame has its own, on a copy of the
 #: scheduler.
 _FRAME_BY_FRAME = ("SkyReelsV2DiffusionForcing",)
@@ -72,10 +81,16 @@ def find_denoisers(pipeline: Any) -> list[nn.Module]:
         UnsupportedPipelineError: the object is no diffusers pipeline with a transformer or UNet and a scheduler, or its
             frames step one by one.
     """
-    found = [module for name in _DENOISER_ATTRIBUTES if (module := getattr(pipeline, name, None)) is not None]
+    found = _modules(pipeline, _DENOISER_ATTRIBUTES) or _modules(pipeline, _OTHER_ATTRIBUTES)[:1]
     scheduler = getattr(pipeline, "scheduler", None)
+    for name, reason in _OTHER_STEPS.items():
+        if found and hasattr(scheduler, name):
+            raise UnsupportedPipelineError(
+                f"{type(pipeline).__name__} cannot be followed: {type(scheduler).__name__} {reason}. Use a "
+                "scheduler that goes from step to step, for example DDIMScheduler."
+            )
     follows = hasattr(scheduler, "set_timesteps") and hasattr(scheduler, "step")
-    if not found or not all(isinstance(module, nn.Module) for module in found) or not follows:
+    if not found or not follows:
         raise UnsupportedPipelineError(
             f"{type(pipeline).__name__} is not a pipeline this library can follow: it needs a denoiser in "
             f"{' or '.join(f'`.{name}`' for name in _DENOISER_ATTRIBUTES)} and a scheduler with `set_timesteps` and "
@@ -89,9 +104,19 @@ def find_denoisers(pipeline: Any) -> list[nn.Module]:
     return list(dict.fromkeys(unwrapped(module) for module in found))
 
 
+def find_auxiliaries(pipeline: Any) -> list[nn.Module]:
+    """Networks that run at every step beside the denoiser, and for it alone."""
+    return _modules(pipeline, _AUXILIARY_ATTRIBUTES)
+
+
+def _modules(pipeline: Any, names: Sequence[str]) -> list[nn.Module]:
+    found = [getattr(pipeline, name, None) for name in names]
+    return [module for module in found if isinstance(module, nn.Module)]
+
+
 def as_called(pipeline: Any, denoiser: nn.Module) -> nn.Module:
     """The denoiser as the pipeline has it now: torch.compile may have wrapped it."""
-    found: list[Any] = [getattr(pipeline, name, None) for name in _DENOISER_ATTRIBUTES]
+    found = _modules(pipeline, (*_DENOISER_ATTRIBUTES, *_OTHER_ATTRIBUTES, *_AUXILIARY_ATTRIBUTES))
     return next((module for module in found if unwrapped(module) is denoiser), denoiser)
 
 

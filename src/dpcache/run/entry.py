@@ -140,7 +140,7 @@ class Entry:
     def _begin(self, pipeline: Any, scope: Scope) -> Loop:
         """A sampling loop begins, with the scheduler that the pipeline has by now."""
         self.hear_new_scheduler(pipeline)
-        return Loop(self.watcher.begin(pipeline, self.tell))
+        return Loop(self.watcher.begin(pipeline, self.tell), pipeline.scheduler)
 
     def _end(self, scope: Scope) -> None:
         scope.close()

@@ -109,7 +109,7 @@ class Following:
         # Read now, while the device has nothing to do, what is compared after the first step.
         knows = self._plans is not None or self.schedule.sigmas is not None
         levels = noise_levels(scheduler) if knows and getattr(scheduler, "timesteps", None) is not None else None
-        return self._begun(Follower(self, levels, tell))
+        return self._begun(Follower(self, levels, tell, vars(pipeline).get("_num_timesteps")))
 
     def begin_at(self, levels: Sequence[float] | None, tell: Told) -> "Follower":
         """A loop of one's own begins, with these noise levels if they are known."""
@@ -201,10 +201,11 @@ class Follower:
         following: what it was told.
         levels: the sampler's noise levels, where they are known.
         tell: warns, each text once.
+        num_steps: how many steps the pipeline says it takes. Some leave out the last one of the grid.
     """
 
-    def __init__(self, following: Following, levels: Sequence[float] | None, tell: Told) -> None:
-        self._following, self._levels, self._tell = following, levels, tell
+    def __init__(self, following: Following, levels: Sequence[float] | None, tell: Told, num_steps: Any = None) -> None:
+        self._following, self._levels, self._tell, self._num_steps = following, levels, tell, num_steps
         self.comparison: Comparison | None = None
         self.generation = Generation(None, offload=following.offload)
 
@@ -219,6 +220,7 @@ class Follower:
 
     def located(self, scheduler: Any, size: int, start: int) -> None:
         """Where on the sampler's grid the loop runs is known."""
+        size -= self._num_steps == size - start - 1
         found = self._following.part(scheduler, self._levels, size, start, self._tell)
         if found is None:
             self.generation.abandon()
@@ -234,6 +236,10 @@ class Follower:
     def restart(self) -> None:
         """What was computed so far predicts nothing of what comes."""
         self.generation.restart()
+
+    def will_predict(self, step: int) -> bool:
+        """Whether the step is skipped."""
+        return self.generation.will_predict(step)
 
     def end(self) -> None:
         """The loop is over."""

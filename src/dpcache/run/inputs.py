@@ -129,20 +129,18 @@ def as_pictures(returned: Any) -> np.ndarray:
 
 @contextmanager
 def quiet(pipeline: Any) -> Iterator[None]:
-    """Keeps the pipeline's own progress bar silent, and leaves its settings as they were."""
-    if not hasattr(pipeline, "set_progress_bar_config"):
-        yield
-        return
-    missing = object()
-    before = vars(pipeline).get("_progress_bar_config", missing)
-    pipeline.set_progress_bar_config(**{**(before if isinstance(before, dict) else {}), "disable": True})
+    """Keeps the progress bars of a pipeline, and of pipelines that it is made of, silent; leaves them as they were."""
+    bars = [one for one in (pipeline, *vars(pipeline).values()) if hasattr(one, "set_progress_bar_config")]
+    before = [vars(one).get("_progress_bar_config") for one in bars]
+    for bar, config in zip(bars, before, strict=True):
+        bar.set_progress_bar_config(**{**(config or {}), "disable": True})
     try:
         yield
     finally:
-        if before is missing:
-            vars(pipeline).pop("_progress_bar_config", None)
-        else:
-            pipeline._progress_bar_config = before
+        for bar, config in zip(bars, before, strict=True):
+            vars(bar).pop("_progress_bar_config", None)
+            if config is not None:
+                bar._progress_bar_config = config
 
 
 def _as_taken(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:

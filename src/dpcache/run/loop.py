@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from dpcache.errors import CacheStateError
+
 from .boundary import BoundaryTap, Forms
 
 #: More calls than any guidance makes in one step: the loop is not one that can be seen.
@@ -41,6 +43,7 @@ class Call:
         branch: which of the step's denoiser calls this is.
         shape: of the denoiser's inputs, with dtype and device: a cached value only fits the same.
         forms: what full calls of this loop returned.
+        is_starved: what runs beside the denoiser did not run: it cannot be computed.
     """
 
     step: int
@@ -49,9 +52,15 @@ class Call:
     _tap: BoundaryTap
     _forward: Callable[[], Any]
     forms: Forms
+    is_starved: bool = False
 
     def full(self) -> tuple[Any, torch.Tensor]:
         """Runs the denoiser in full; returns its output and the value at the boundary."""
+        if self.is_starved:
+            raise CacheStateError(
+                f"the ControlNet was skipped at step {self.step}, but the denoiser's inputs changed there, so that it "
+                'has to be computed: use a schedule with boundary="blocks", which runs the ControlNet at every step.'
+            )
         return self._tap.full(self.branch, self._forward, self.forms)
 
     def predicted(self, value: torch.Tensor) -> Any:
@@ -102,6 +111,9 @@ class Observer(Protocol):
     def restart(self) -> None:
         """What the model is told has changed: nothing that was computed predicts what comes."""
 
+    def will_predict(self, step: int) -> bool:
+        """Whether all calls of a step will be predicted, as far as can be told before they come."""
+
     def end(self) -> None:
         """No further step comes: the last one is taken, or the loop was left."""
 
@@ -111,21 +123,25 @@ class Loop:
 
     Args:
         observer: watches it.
+        scheduler: the pipeline's, as the loop begins.
         by_hand: its steps end by `advance`, not by what a scheduler does.
 
     Attributes:
         step: the step under way.
         is_over: every step of the grid is taken, or the loop was left.
         is_lost: its steps cannot be told apart.
+        starved_step: the latest step at which what runs beside the denoiser did not run.
     """
 
-    def __init__(self, observer: Observer, *, by_hand: bool = False) -> None:
+    def __init__(self, observer: Observer, scheduler: Any = None, *, by_hand: bool = False) -> None:
         self.observer, self._by_hand = observer, by_hand
         self._received: Any = None
         self.step = 0
         self.is_over = self.is_lost = False
+        self.starved_step: int | None = None
         self._start: int | None = None
         self._size = 0
+        self._grid = getattr(scheduler, "timesteps", None)
         self._scheduler: Any = None
         self._stepped = False
         self._calls: Counter[tuple[str, int]] = Counter()
@@ -135,7 +151,7 @@ class Loop:
         self, tap: BoundaryTap, denoiser: int, context: str, forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
         """A call of this denoiser, in a cache context of this name."""
-        if self._stepped:
+        if self._stepped and not self._is_same_step((*args, *kwargs.values())):
             self._next()
         branch = Branch(context, self._calls[context, denoiser], denoiser)
         self._calls[context, denoiser] += 1
@@ -144,8 +160,26 @@ class Loop:
             self.observer.end()
         if self.is_lost:
             return forward(*args, **kwargs)
-        shape = _signature((*args, *kwargs.values()))
-        return self.observer.call(Call(self.step, branch, shape, tap, lambda: forward(*args, **kwargs), self._forms))
+        shape = signature((*args, *kwargs.values()))
+        starved = self.starved_step == self.step
+        return self.observer.call(
+            Call(self.step, branch, shape, tap, lambda: forward(*args, **kwargs), self._forms, starved)
+        )
+
+    def skips(self) -> bool:
+        """Whether the denoiser calls of the step under way, or about to begin, will all be predicted."""
+        return not self.is_lost and self.observer.will_predict(self.step_of_next_call)
+
+    @property
+    def step_of_next_call(self) -> int:
+        """The step that the next denoiser call belongs to, unless it is one of many views."""
+        return self.step + self._stepped
+
+    def _is_same_step(self, values: Any) -> bool:
+        """Whether a call after a scheduler's step belongs to the same one: a panorama steps every view by itself."""
+        positions = (_position(value, self._grid) for value in values if isinstance(value, torch.Tensor))
+        position = next((found for found in positions if found is not None), None)
+        return position is not None and self._start is not None and position - self._start == self.step
 
     def stepped(self, scheduler: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A scheduler has taken a step.
@@ -164,8 +198,9 @@ class Loop:
         if self._start is None:
             grid = scheduler.timesteps
             if position is None:
-                position = int((grid == given["timestep"]).nonzero()[0])
-            self._start, self._size = position, len(grid)
+                places = (grid == given["timestep"]).nonzero()
+                position = int(places[0]) if len(places) else 0
+            self._start, self._size, self._grid = position, len(grid), grid
             self.observer.located(scheduler, self._size, self._start)
         # Without a position, all that the scheduler does between two denoiser calls is one step.
         self.step = self.step if position is None else max(position - self._start, self.step)
@@ -226,7 +261,7 @@ def _position(timestep: Any, grid: Any) -> int | None:
     return position if timestep.ndim == 0 and 0 <= position < len(grid) else None
 
 
-def _signature(values: Iterable[Any]) -> tuple[Any, ...]:
+def signature(values: Iterable[Any]) -> tuple[Any, ...]:
     """What a denoiser's inputs have in common with those that a cached value fits.
 
     Shapes of all, for a value may have the length of the text in it; the dtype of the first alone, which is what is

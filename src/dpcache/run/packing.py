@@ -19,6 +19,8 @@ def take_apart(value: Any) -> tuple[list[torch.Tensor], Assemble]:
     if isinstance(value, torch.Tensor):
         return [value], next
     kind: Callable[..., Any] = type(value)
+    if type(value) is dict and not all(isinstance(name, str) for name in value):
+        return [], lambda pieces: value  # a cache of the network's own: handed on as it was
     if isinstance(value, Mapping):
         names = list(value)
         tensors, builders = _take_each_apart(value.values())

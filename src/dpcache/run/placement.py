@@ -13,12 +13,15 @@ from torch import nn
 from dpcache.plan.schedule import Boundary
 
 from . import scope as scopes
-from .boundary import BoundaryTap
-from .denoisers import as_called
+from .boundary import BoundaryTap, blank_like
+from .denoisers import as_called, find_auxiliaries
 from .hooks import Hook, attach, detach, entrance, listen
+from .loop import signature
 
 ENTRY = "_dpcache_entry"
 """Where a pipeline keeps its entry."""
+#: Of what runs beside the denoiser, so many forms of its output are remembered.
+_KEPT_FORMS = 16
 #: So many calls outside of any pipeline look like a loop of one's own.
 _BARE_CALLS = 3
 
@@ -44,6 +47,9 @@ class Placement:
         self._name = f"dpcache-{id(key):x}"
         self.tap = BoundaryTap(denoiser, boundary)
         self._hook = _DenoiserHook(self)
+        #: At "blocks" the denoiser still reads at skipped steps what a ControlNet returns.
+        self._auxiliary_hooks: dict[int, _AuxiliaryHook] = {}
+        self._skips_auxiliaries = boundary == "output" and number == 0
         self._places: list[tuple[Any, Hook]] = []
         self._leave_context: Callable[[], None] | None = None
         self._bare_calls = 0
@@ -64,6 +70,10 @@ class Placement:
         places += [(module if inside else entrance(module), hook) for module, hook in self.tap.block_hooks]
         # What nothing reads is not in the graph of a skipped step anyway.
         places += [] if inside else [(entrance(module), hook) for module, hook in self.tap.feeder_hooks]
+        beside = find_auxiliaries(pipeline) if self._skips_auxiliaries else []
+        known = self._auxiliary_hooks
+        self._auxiliary_hooks = {id(module): known.get(id(module)) or _AuxiliaryHook(self.key) for module in beside}
+        places += [(entrance(module), self._auxiliary_hooks[id(module)]) for module in beside]
         if places != self._places:
             self._detach()
             for place, hook in places:
@@ -121,6 +131,28 @@ class _DenoiserHook(Hook):
             if scope is None or loop is None:
                 return self.beneath(*args, **kwargs)
             return loop.call(placed.tap, placed.number, scope.context, self.beneath, args, kwargs)
+
+
+class _AuxiliaryHook(Hook):
+    """A network that runs beside the denoiser, for it alone: not where the denoiser does not run."""
+
+    def __init__(self, key: object) -> None:
+        super().__init__()
+        self.key = key
+        self._blanks: dict[tuple[Any, ...], Callable[[], Any]] = {}
+
+    def new_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        scope = scopes.current(self.key)
+        loop = scope.loop if scope is not None and not scope.fresh else None
+        if loop is None or loop.is_over:
+            return self.beneath(*args, **kwargs)
+        form = signature((*args, *kwargs.values()))
+        if form in self._blanks and loop.skips():
+            loop.starved_step = loop.step_of_next_call
+            return self._blanks[form]()
+        output = self.beneath(*args, **kwargs)
+        self._blanks = {**dict(list(self._blanks.items())[-_KEPT_FORMS:]), form: blank_like(output)}
+        return output
 
 
 def _in_context(key: object, _: Any, context: Any, name: str, *__: Any, **___: Any) -> Any:

@@ -1,5 +1,6 @@
 """Schedulers of diffusers, read from outside: the noise levels of their grid, and how far they move the sample."""
 
+import re
 from itertools import pairwise
 from typing import Any
 
@@ -15,8 +16,8 @@ Array = npt.NDArray[np.float64]
 #: So small that schedulers which clip or threshold what they predict leave it alone.
 _SMALL = 1e-3
 _SHAPE = (1, 4, 8, 8)
-#: What `set_timesteps` leaves on a scheduler; everything else is history, or comes from its configuration.
-_GRID_STATE = ("num_inference_steps", "timesteps", "sigmas", "custom_timesteps")
+#: Words in the names of what `set_timesteps` leaves on a scheduler; all else is history, or from its configuration.
+_GRID_STATE = re.compile("num_inference_steps|timesteps|sigmas")
 #: Share of signal below which a noise level is as good as infinite, which no file could hold.
 _NO_SIGNAL = 1e-8
 
@@ -80,13 +81,14 @@ def stepped_influence(scheduler: Any) -> Array:
     for seed in (0, 1):
         alone = _alone(scheduler)
         output, sample = _SMALL * torch.randn(2, *_SHAPE, generator=torch.Generator().manual_seed(seed))
+        received = torch.cat([output, torch.zeros_like(output)], dim=1) if _learns_variance(scheduler) else output
         path, scales = [sample], []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of the noise, the same in both
             for timestep in alone.timesteps:
                 given = alone.scale_model_input(path[-1], timestep) if hasattr(alone, "scale_model_input") else path[-1]
                 scales.append(float(given.norm() / path[-1].norm()))
-                path.append(alone.step(output, timestep, path[-1], return_dict=False)[0])
+                path.append(alone.step(received, timestep, path[-1], return_dict=False)[0])
         samples.append(torch.stack(path))
         outputs.append(output)
     output, differences = outputs[0] - outputs[1], samples[0] - samples[1]
@@ -111,11 +113,15 @@ def step_influence(received: torch.Tensor, before: torch.Tensor, after: torch.Te
     return float((oy - xo) / oo) if oo else 0.0
 
 
+def _learns_variance(scheduler: Any) -> bool:
+    """Whether the model's output has further channels, with the variance of a step in them."""
+    return scheduler.config.get("variance_type") in ("learned", "learned_range")
+
+
 def _alone(scheduler: Any) -> Any:
     """Another scheduler with the same grid, in host memory, on which nobody listens and no step was taken."""
     alone = type(scheduler).from_config(scheduler.config)
-    for name in _GRID_STATE:
-        if hasattr(scheduler, name):
-            value = getattr(scheduler, name)
+    for name, value in vars(scheduler).items():
+        if _GRID_STATE.search(name) and not callable(value):
             setattr(alone, name, value.cpu() if isinstance(value, torch.Tensor) else value)
     return alone
