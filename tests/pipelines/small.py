@@ -6,6 +6,7 @@ Text encoders are left out and their results passed in: a pipeline's own `__call
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
@@ -77,7 +78,7 @@ def make(kind: str, **config: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and parameter.numel():
             parameter.data = noise / parameter[0].numel() ** 0.5
         else:
             parameter.data = parameter.data + 0.1 * noise
@@ -124,6 +125,7 @@ class Absent(torch.nn.Module):
 
     dtype, device = torch.float32, torch.device("cpu")
     image_processor = tokenizer = None
+    text_model = SimpleNamespace(dtype=torch.float32)
 
 
 #: Pipelines of diffusers that are counted (see count.py), beside those in SMALL: name -> how to build it.

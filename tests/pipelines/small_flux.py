@@ -84,7 +84,8 @@ wide(
     "LongCatImagePipeline",
     "LongCatImageEditPipeline",
     parts=lambda: {
-        **packed_parts("LongCatImageTransformer2DModel"),
+        **packed_parts("LongCatImageTransformer2DModel", in_channels=64),
+        "vae": vae(latent_channels=16, shift_factor=0.1),
         "text_processor": Absent(),
     },
     given=lambda: {**given(), "image": pil(PIXELS), "enable_prompt_rewrite": False, "negative_prompt": None},
@@ -193,4 +194,3 @@ qwen(
     output_type="pt",
     stubs={"encode_prompt": (noise(1, 5, 8), ones(1, 5))},
 )
-_ = noise

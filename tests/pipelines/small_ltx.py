@@ -3,13 +3,11 @@
 from functools import partial
 from typing import Any
 
-import diffusers
-import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from tests.pipelines.small import SMALL, Absent, make, noise, ones, picture, pil, size, texts, wide
+from tests.pipelines.small import SMALL, Absent, make, noise, ones, picture, pil, wide
 from tests.pipelines.small_unet import vae
-from tests.pipelines.small_videos import FRAMES, frames, given
+from tests.pipelines.small_videos import given
 
 
 def parts_of(name: str, **more: Any) -> dict[str, Any]:
@@ -40,6 +38,15 @@ ltx = partial(
 )
 ltx("LTXImageToVideoPipeline")
 ltx("LTXConditionPipeline")
+ltx(
+    "LTXI2VLongMultiPromptPipeline",
+    num_frames=17,
+    temporal_tile_size=16,
+    temporal_overlap=8,
+    guidance_scale=3.0,
+    prompt="",
+    stubs={"encode_prompt": (noise(1, 5, 8), ones(1, 5), noise(1, 5, 8, seed=1), ones(1, 5))},
+)
 ltx2 = partial(
     wide,
     parts=lambda: parts_of("LTX2Pipeline"),
@@ -48,6 +55,17 @@ ltx2 = partial(
 ltx2("LTX2ImageToVideoPipeline", image=pil(32), image_crf=0)
 ltx2("LTX2ConditionPipeline", "LTX2InContextPipeline")
 ltx2("LTX2HDRPipeline", spatio_temporal_guidance_blocks=None, guidance_scale=1.0)
+
+
+def seeing() -> Any:
+    """A denoiser that gets a picture and which frames it is of beside the noise."""
+    config = SMALL["Kandinsky5T2IPipeline"].build()[0].transformer.config
+    return make("Kandinsky5Transformer3DModel", **{**config, "visual_cond": True})
+
+
+def eightfold_vae() -> Any:
+    downs, ups = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
+    return vae(block_out_channels=(4,) * 4, down_block_types=downs, up_block_types=ups)
 
 
 def hunyuan_vae() -> Any:
@@ -129,14 +147,8 @@ wide(
     stubs={"encode_image": noise(1, 3, 8)},
 )
 wide(
-    "Kandinsky5I2VPipeline",
-    parts=lambda: parts_of("Kandinsky5T2VPipeline", vae=hunyuan_vae()),
-    given=lambda: {**given(), **call_of("Kandinsky5T2VPipeline")},
-)
-wide(
     "Kandinsky5I2IPipeline",
-    parts=lambda: parts_of("Kandinsky5T2IPipeline", vae=vae()),
-    given=lambda: {**given(), **call_of("Kandinsky5T2IPipeline")},
+    parts=lambda: parts_of("Kandinsky5T2IPipeline", vae=eightfold_vae(), transformer=seeing()),
+    given=lambda: {**given(), **call_of("Kandinsky5T2IPipeline"), "image": pil(32)},
     ready=lambda pipe: setattr(pipe, "resolutions", [(32, 32)]),
 )
-_ = (diffusers, torch, FRAMES, frames, ones, size, texts)

@@ -7,7 +7,7 @@ import diffusers
 import torch
 
 from tests.pipelines.small import Absent, make, mask, noise, picture, size, texts, wide
-from tests.pipelines.small_unet import CHANNELS, PIXELS, ddim, pictures, sd_given, unet, unet_config, vae
+from tests.pipelines.small_unet import CHANNELS, ddim, pictures, sd_given
 
 PLAIN = {
     "block_out_channels": CHANNELS,
@@ -295,4 +295,3 @@ wide(
     parts=lambda: {**cascade_decoder(), "vqgan": None, "latent_dim_scale": 10.67},
     given=lambda: {**pooled(), "image_embeddings": noise(1, 4, 3, 3)},
 )
-_ = (unet, unet_config, vae, PIXELS)

@@ -7,9 +7,9 @@ import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from tests.pipelines.small import make, mask, noise, ones, picture, pil, size, texts, wide
+from tests.pipelines.small import make, mask, noise, ones, picture, size, texts, wide
 from tests.pipelines.small_flux import flow, latents_vae, qwen_vae
-from tests.pipelines.small_unet import PIXELS, ddim, pictures, vae
+from tests.pipelines.small_unet import PIXELS, pictures, vae
 
 HEADS = {"attention_head_dim": 8, "num_attention_heads": 2}
 
@@ -393,4 +393,3 @@ wide(
     ),
     given=lambda: {**given(), "image": None, "prior_token_ids": ones(1, 256), **size(64)},
 )
-_ = (ddim, picture, pil)

@@ -5,7 +5,7 @@ from typing import Any
 import diffusers
 import torch
 
-from tests.pipelines.small import make, noise, ones, texts, wide
+from tests.pipelines.small import Absent, make, noise, ones, texts, wide
 from tests.pipelines.small_unet import sd_given, unet, unet_config, vae
 
 
@@ -44,6 +44,7 @@ def audio_parts(kind: str = "UNet2DConditionModel", **config: Any) -> dict[str, 
         "unet": network,
         "vae": vae(in_channels=1, out_channels=1),
         "vocoder": Vocoder(),
+        "text_encoder": Absent(),
         "scheduler": diffusers.DDIMScheduler(clip_sample=False),
     }
 

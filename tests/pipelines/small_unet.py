@@ -171,11 +171,6 @@ wide(
     },
 )
 wide(
-    "StableDiffusionGLIGENPipeline",
-    parts=lambda: sd_parts(attention_type="gated"),
-    given=lambda: {**sd_given(), "gligen_phrases": [], "gligen_boxes": [], "gligen_scheduled_sampling_beta": 1.0},
-)
-wide(
     "LatentConsistencyModelPipeline",
     "LatentConsistencyModelImg2ImgPipeline",
     parts=lambda: sd_parts(time_cond_proj_dim=8, scheduler=diffusers.LCMScheduler),
@@ -184,7 +179,7 @@ wide(
 wide(
     "StableDiffusionDiffEditPipeline",
     parts=lambda: {**sd_parts(), "inverse_scheduler": diffusers.DDIMInverseScheduler()},
-    given=lambda: {**sd_given(), "mask_image": mask(8)[0], "image_latents": noise(1, 5, 4, 8, 8)},
+    given=lambda: {**sd_given(), "mask_image": mask(8)[0], "image_latents": noise(1, 4, 4, 8, 8)},
 )
 
 

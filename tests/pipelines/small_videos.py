@@ -7,9 +7,9 @@ import diffusers
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
-from tests.pipelines.small import make, mask, noise, ones, picture, pil, size, texts, wide
+from tests.pipelines.small import make, noise, picture, pil, size, texts, wide
 from tests.pipelines.small_unet import CHANNELS, PIXELS, XL, controlnet, ddim, pictures, unet_config, vae
-from tests.pipelines.small_video import flow_unipc, wan
+from tests.pipelines.small_video import flow_unipc
 
 FRAMES = 5
 
@@ -414,4 +414,3 @@ wide(
     },
     given=lambda: {**given(PIXELS), "video_length": 2},
 )
-_ = (mask, ones, wan, clip)
