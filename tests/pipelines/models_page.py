@@ -1,25 +1,16 @@
-"""Writes docs/models.md from what the tests of the table find: `python -m tests.pipelines.models_page`."""
+"""Writes docs/models.md from verdicts.json, which count.py keeps: `python -m tests.pipelines.models_page`."""
 
+import json
 import sys
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import diffusers
-import pytest
-
-from dpcache.run.denoisers import find_denoisers
+from tests.pipelines.count import KEPT, class_of, classes, why_not_built
 from tests.pipelines.every import SMALL
-from tests.pipelines.small import Small
+from tests.pipelines.following import FAILS, NOT_DESCRIBED, REFUSED, RIGHT
+from tests.pipelines.unbuilt import REFUSED as WHY_REFUSED
 
 PAGE = Path(__file__).parents[2] / "docs" / "models.md"
-TESTS = Path(__file__).with_name("test_table.py")
-
-#: Pipelines that the library cannot follow, and why. Every other one in the table of denoisers can be built small.
-NOT_FOLLOWED = {
-    "SkyReelsV2DiffusionForcingPipeline": "Every frame has its own step: it steps copies of its scheduler, one for "
-    "each frame, and there is no step of the whole. Enabling and calibrating say so.",
-}
 
 HEAD = """# Models
 
@@ -29,60 +20,72 @@ What is cached and predicted at each boundary:
 
 - `"blocks"`: the last transformer block's output. The blocks of these denoisers are described in
   `src/dpcache/run/layouts.py`; describe others with `dpcache.register_denoiser`.
-- `"output"`: the denoiser's output. Needs no description and works with any pipeline that has a `transformer` or `unet`
-  and a scheduler, in this table or not.
+- `"output"`: the denoiser's output. Needs no description and works with any pipeline whose loop calls a denoiser once or
+  several times for every step of its scheduler, in this table or not.
 
-"Verified" means that the tests in `tests/pipelines/test_table.py` pass on the pipeline's own `__call__`, with small
-random components: all steps as key steps give the same bits, recording changes nothing, disabling leaves nothing
-behind, the blocks run exactly as often as the schedule says, and a prediction is the weighted sum it should be. It says
-nothing about the quality of pictures, which depends on weights and schedule.
+Every class below was built from small random components and run through its own `__call__`, by `python -m
+tests.pipelines.count`. "Right" means that all steps as key steps give the same bits, that with fewer key steps the denoiser
+(or every one of its blocks) really runs exactly as often as the schedule says, that a second generation equals the first,
+that a skipped step is what the denoiser's head makes of the predicted value, and that disabling brings the first bits
+back. In the column "plan" it was calibrated at the boundary `"output"`, and a schedule planned from that was followed.
+**Bold** ones are put through the invariants of [architecture.md](architecture.md) besides, in
+`tests/pipelines/test_table.py`. All this says nothing about the quality of pictures, which depends on weights and schedule.
 """
 
-
-@cache
-def denoiser(name: str) -> str:
-    """Class name of what the pipeline calls at every step."""
-    pipe, _ = SMALL[name].build()
-    return type(find_denoisers(pipe)[0]).__name__
+_SHOWN = {RIGHT: "right", REFUSED: "refused", NOT_DESCRIBED: "not described", FAILS: "**fails**"}
+NOT_RIGHT = {FAILS, REFUSED}
 
 
-def render(failed: set[tuple[str, str]], version: str) -> str:
-    """The page, when the tests of these pipelines at these boundaries have failed."""
-    lines = [HEAD, f"With diffusers {version}:\n"]
-    lines += ['| pipeline | denoiser | `"blocks"` | `"output"` | remarks |', "|---|---|---|---|---|"]
-    for name, entry in sorted(SMALL.items()):
-        verdicts = [_verdict(entry, boundary, failed) for boundary in ("blocks", "output")]
-        lines.append(f"| {name} | {denoiser(name)} | {' | '.join(verdicts)} | {entry.note} |")
-    lines += ["\nNot followed:\n", "| pipeline | why |", "|---|---|"]
-    lines += [f"| {name} | {why} |" for name, why in NOT_FOLLOWED.items()]
-    return "\n".join(lines) + "\n"
+def read() -> dict[str, Any]:
+    """What count.py found last."""
+    return dict(json.loads(KEPT.read_text(encoding="utf-8")))
 
 
-def _verdict(entry: Small, boundary: str, failed: set[tuple[str, str]]) -> str:
-    if boundary not in entry.boundaries:
-        return "not described"
-    return "not verified" if (entry.name, boundary) in failed else "verified"
+def render(kept: dict[str, Any]) -> str:
+    """The page of these findings."""
+    rows: list[str] = []
+    stubborn: list[str] = []
+    refused: list[str] = []
+    for name, found in kept["found"].items():
+        if found["runs"]:
+            stubborn.append(f"| {name} | does not run with small random components here |")
+            continue
+        verdicts = found["verdicts"]
+        if verdicts["output"] == REFUSED:
+            why = WHY_REFUSED.get(class_of(name)) or found["reasons"]["output"]
+            refused.append(f"| {name} | {why} |")
+            continue
+        shown = " | ".join(_SHOWN[verdicts[where]] for where in ("blocks", "output", "plan"))
+        bold = f"**{name}**" if name in SMALL else name
+        rows.append(f"| {bold} | {found['denoiser']} | {shown} | {_remarks(name, found)} |")
+    built = {class_of(name) for name in kept["found"]}
+    left = [f"| {name} | {why_not_built(name, lacks)} |" for name, lacks in classes().items() if name not in built]
+    table = ['| pipeline | denoiser | `"blocks"` | `"output"` | plan | remarks |', "|---|---|---|---|---|---|", *rows]
+    parts = [HEAD, f"With diffusers {kept['diffusers']}: {_counts(kept)}\n", *table]
+    why = ["| pipeline | why |", "|---|---|"]
+    parts += ["\nRefused, when enabling and when calibrating:\n", *why, *refused]
+    parts += ["\nNot tried:\n", *why, *stubborn, *left]
+    return "\n".join(parts) + "\n"
 
 
-class _Failures:
-    """Notes which pipelines at which boundaries failed a test: their names are the tests' parameters."""
+def _counts(kept: dict[str, Any]) -> str:
+    running = [found["verdicts"] for found in kept["found"].values() if not found["runs"]]
+    right = {where: sum(verdicts[where] == RIGHT for verdicts in running) for where in ("output", "blocks")}
+    refused = sum(verdicts["output"] == REFUSED for verdicts in running)
+    return (
+        f'{len(running)} built here, {right["output"]} of them right at `"output"` and {right["blocks"]} at `"blocks"`, '
+        f"{refused} refused."
+    )
 
-    def __init__(self) -> None:
-        self.failed: set[tuple[str, str]] = set()
 
-    def pytest_runtest_logreport(self, report: Any) -> None:
-        if report.failed:
-            name, boundary = report.nodeid.split("[")[1].removesuffix("]").rsplit("-", 1)
-            self.failed.add((name, boundary))
+def _remarks(name: str, found: dict[str, Any]) -> str:
+    remarks = [SMALL[name].note] if name in SMALL and SMALL[name].note else []
+    remarks += [f"{where}: {reason}" for where, reason in found["reasons"].items() if reason]
+    return " ".join(remarks).replace("|", "/")
 
 
 def main() -> int:
-    failures = _Failures()
-    status = pytest.main([str(TESTS)], plugins=[failures])
-    if status not in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED):
-        return int(status)
-    PAGE.parent.mkdir(exist_ok=True)
-    PAGE.write_text(render(failures.failed, diffusers.__version__), encoding="utf-8")
+    PAGE.write_text(render(read()), encoding="utf-8")
     return 0
 
 

@@ -3,11 +3,14 @@
 Text encoders are left out and their results passed in: a pipeline's own `__call__` runs from there, to its latents.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import diffusers
+import PIL.Image
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -75,7 +78,7 @@ def make(kind: str, **config: Any) -> Any:
     generator = torch.Generator().manual_seed(1)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
-        if parameter.ndim > 1:
+        if parameter.ndim > 1 and parameter.numel():
             parameter.data = noise / parameter[0].numel() ** 0.5
         else:
             parameter.data = parameter.data + 0.1 * noise
@@ -91,6 +94,101 @@ def assemble(kind: str, denoiser: Any, scheduler: Any = None, **components: Any)
     pipe = pipe_class(**{**dict.fromkeys(expected), **denoisers, **schedulers, **components})
     pipe.set_progress_bar_config(disable=True)
     return pipe
+
+
+def fitted(kind: str, parts: dict[str, Any], given: dict[str, Any], stubs: dict[str, Any] | None = None) -> Built:
+    """The pipeline of these parts, and of what is given the arguments that its call takes.
+
+    Pipelines of one family share parts and arguments, and each takes some of them.
+
+    Args:
+        kind: class of the pipeline.
+        parts: components by name; those the class does not take are left out.
+        given: arguments of the call by name.
+        stubs: results of methods of the pipeline's own, by name, where there is no argument to pass them in by.
+    """
+    pipe_class = getattr(diffusers, kind)
+    takes = inspect.signature(pipe_class.__init__).parameters
+    components = {**dict.fromkeys(pipe_class._get_signature_keys(pipe_class)[0]), **parts}
+    pipe = pipe_class(**{name: part for name, part in components.items() if name in takes})
+    if hasattr(pipe, "set_progress_bar_config"):
+        pipe.set_progress_bar_config(disable=True)
+    for name, result in (stubs or {}).items():
+        if hasattr(pipe, name):
+            setattr(pipe, name, result if callable(result) else lambda *_, result=result, **__: result)
+    called = inspect.signature(pipe_class.__call__).parameters
+    return pipe, {name: value for name, value in given.items() if name in called}
+
+
+class Absent(torch.nn.Module):
+    """Stands where a pipeline asks a text encoder for its dtype and device although nothing is left to encode."""
+
+    dtype, device = torch.float32, torch.device("cpu")
+    image_processor = tokenizer = None
+    text_model = SimpleNamespace(dtype=torch.float32)
+
+
+#: Pipelines of diffusers that are counted (see count.py), beside those in SMALL: name -> how to build it.
+WIDE: dict[str, Callable[[], Built]] = {}
+
+
+def wide(*kinds: str, parts: Callable[[], dict[str, Any]], given: Callable[[], dict[str, Any]], **more: Any) -> None:
+    """Enters pipelines of one family in the list of those that are counted.
+
+    Args:
+        kinds: their classes.
+        parts: makes their components.
+        given: makes the arguments of their calls.
+        more: further arguments of the calls; `config` for `parts`; `stubs` as in `fitted`; and `ready`, which does to
+            the pipeline what is left to do.
+    """
+    stubs, config, ready = more.pop("stubs", {}), more.pop("config", {}), more.pop("ready", lambda pipe: None)
+    for kind in kinds:
+
+        def build(kind: str = kind) -> Built:
+            pipe, arguments = fitted(kind, parts(**config), {**given(), **more}, stubs)
+            ready(pipe)
+            return pipe, arguments
+
+        WIDE[kind] = build
+
+
+def texts(length: int = 5, width: int = 8) -> dict[str, Any]:
+    """What text encoders return for a prompt and a negative one, by the names that pipelines have for it."""
+    found: dict[str, Any] = {}
+    for prefix, seed in (("", 0), ("negative_", 1)):
+        found |= {
+            f"{prefix}prompt_embeds": noise(1, length, width, seed=seed),
+            f"{prefix}prompt_embeds_2": noise(1, length, width, seed=seed + 2),
+            f"{prefix}pooled_prompt_embeds": noise(1, width, seed=seed),
+            f"{prefix}prompt_attention_mask": ones(1, length),
+            f"{prefix}prompt_attention_mask_2": ones(1, length),
+            f"{prefix}prompt_embeds_mask": ones(1, length),
+            f"{prefix}prompt_embeds_mask_2": ones(1, length),
+            f"{prefix}attention_mask": ones(1, length),
+        }
+    return found
+
+
+def picture(pixels: int, seed: int = 0, channels: int = 3) -> torch.Tensor:
+    """A picture as a tensor, values from 0 to 1."""
+    return noise(1, channels, pixels, pixels, seed=50 + seed).sigmoid()
+
+
+def pil(pixels: int, seed: int = 0) -> Any:
+    """The same for those that take no tensors."""
+    return to_pil(picture(pixels, seed)[0])
+
+
+def to_pil(values: torch.Tensor) -> Any:
+    return PIL.Image.fromarray((values.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy().squeeze())
+
+
+def mask(pixels: int) -> torch.Tensor:
+    """One that has the right half painted anew."""
+    found = torch.zeros(1, 1, pixels, pixels)
+    found[..., pixels // 2 :] = 1
+    return found
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -31,17 +31,34 @@ _ENCODER_HIDDEN = ("encoder_hidden_states", "hidden_states")
 #: Denoiser class name -> its layout. Blocks that only refine the text or the noise for the main ones run before them
 #: and are skipped with them: at a skipped step nothing reads what they would return.
 BLOCK_STACKS: dict[str, Layout] = {
+    "AllegroTransformer3DModel": Layout({"transformer_blocks": _HIDDEN}, feeders=("pos_embed", "caption_projection")),
+    "AnyFlowTransformer3DModel": Layout({"blocks": _HIDDEN}, feeders=("rope", "patch_embedding")),
     "AuraFlowTransformer2DModel": Layout(
         {"joint_transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN},
         feeders=("pos_embed", "context_embedder"),
+    ),
+    "BriaTransformer2DModel": Layout(
+        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _ENCODER_HIDDEN},
+        feeders=("x_embedder", "context_embedder", "pos_embed"),
     ),
     "ChromaTransformer2DModel": Layout(
         {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN},
         feeders=("x_embedder", "context_embedder", "pos_embed"),
     ),
+    "ChronoEditTransformer3DModel": Layout({"blocks": _HIDDEN}, feeders=("rope", "patch_embedding")),
     "CogVideoXTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}, feeders=("patch_embed",)),
+    "CogView3PlusTransformer2DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}, feeders=("patch_embed",)),
     "CogView4Transformer2DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}, feeders=("rope", "patch_embed")),
+    "CosmosTransformer3DModel": Layout(
+        {"transformer_blocks": _HIDDEN}, feeders=("rope", "learnable_pos_embed", "patch_embed", "crossattn_proj")
+    ),
     "DiTTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}, feeders=("pos_embed",)),
+    "EasyAnimateTransformer3DModel": Layout(
+        {"transformer_blocks": _HIDDEN_ENCODER}, feeders=("proj", "text_proj", "text_proj_t5")
+    ),
+    "ErnieImageTransformer2DModel": Layout(
+        {"layers": ("x",)}, head=("x",), feeders=("x_embedder", "text_proj", "pos_embed")
+    ),
     "Flux2Transformer2DModel": Layout(
         {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN},
         feeders=(
@@ -57,10 +74,15 @@ BLOCK_STACKS: dict[str, Layout] = {
         {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _ENCODER_HIDDEN},
         feeders=("x_embedder", "context_embedder", "pos_embed"),
     ),
+    "GlmImageTransformer2DModel": Layout(
+        {"transformer_blocks": _HIDDEN_ENCODER},
+        feeders=("rope", "image_projector", "glyph_projector", "prior_projector"),
+    ),
     "HiDreamImageTransformer2DModel": Layout(
         {"double_stream_blocks": _HIDDEN_ENCODER, "single_stream_blocks": _HIDDEN},
         feeders=("x_embedder", "pe_embedder"),
     ),
+    "HunyuanDiT2DModel": Layout({"blocks": _HIDDEN}, feeders=("pos_embed", "text_embedder")),
     "HunyuanImageTransformer2DModel": Layout(
         {
             "context_embedder.token_refiner.refiner_blocks": _HIDDEN,
@@ -73,6 +95,14 @@ BLOCK_STACKS: dict[str, Layout] = {
         {"context_embedder.token_refiner.refiner_blocks": _HIDDEN, "transformer_blocks": _HIDDEN_ENCODER},
         feeders=("x_embedder", "image_embedder", "context_embedder", "context_embedder_2", "cond_type_embed", "rope"),
     ),
+    "HunyuanVideoFramepackTransformer3DModel": Layout(
+        {
+            "context_embedder.token_refiner.refiner_blocks": _HIDDEN,
+            "transformer_blocks": _HIDDEN_ENCODER,
+            "single_transformer_blocks": _HIDDEN_ENCODER,
+        },
+        feeders=("x_embedder", "clean_x_embedder", "context_embedder", "image_projection", "rope"),
+    ),
     "HunyuanVideoTransformer3DModel": Layout(
         {
             "context_embedder.token_refiner.refiner_blocks": _HIDDEN,
@@ -81,10 +111,17 @@ BLOCK_STACKS: dict[str, Layout] = {
         },
         feeders=("x_embedder", "context_embedder", "rope"),
     ),
+    "Ideogram4Transformer2DModel": Layout(
+        {"layers": _HIDDEN}, feeders=("input_proj", "llm_cond_norm", "llm_cond_proj", "rotary_emb")
+    ),
+    "JoyImageEditTransformer3DModel": Layout({"double_blocks": _HIDDEN_ENCODER}, feeders=("img_in",)),
     "Kandinsky5Transformer3DModel": Layout(
         {"text_transformer_blocks": ("x",), "visual_transformer_blocks": ("visual_embed",)},
         head=("visual_embed",),
         feeders=("text_embeddings", "visual_embeddings", "text_rope_embeddings", "visual_rope_embeddings"),
+    ),
+    "Krea2Transformer2DModel": Layout(
+        {"transformer_blocks": _HIDDEN}, feeders=("img_in", "text_fusion", "txt_in", "rotary_emb", "time_mod_proj")
     ),
     "LTX2VideoTransformer3DModel": Layout(
         {"transformer_blocks": ("hidden_states", "audio_hidden_states")},
@@ -107,12 +144,30 @@ BLOCK_STACKS: dict[str, Layout] = {
     "LTXVideoTransformer3DModel": Layout(
         {"transformer_blocks": _HIDDEN}, feeders=("proj_in", "caption_projection", "rope")
     ),
+    "LatteTransformer3DModel": Layout(
+        {"transformer_blocks": _HIDDEN, "temporal_transformer_blocks": _HIDDEN},
+        feeders=("pos_embed", "caption_projection"),
+    ),
+    "LongCatImageTransformer2DModel": Layout(
+        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _ENCODER_HIDDEN},
+        feeders=("x_embedder", "context_embedder", "pos_embed"),
+    ),
     "Lumina2Transformer2DModel": Layout(
         {"context_refiner": _HIDDEN, "noise_refiner": _HIDDEN, "layers": _HIDDEN},
         feeders=("rope_embedder", "x_embedder"),
     ),
+    "LuminaNextDiT2DModel": Layout({"layers": _HIDDEN}),
     "MochiTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}, feeders=("patch_embed", "rope")),
+    "NucleusMoEImageTransformer2DModel": Layout(
+        {"transformer_blocks": _HIDDEN}, feeders=("img_in", "txt_norm", "txt_in", "pos_embed")
+    ),
+    "OvisImageTransformer2DModel": Layout(
+        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _ENCODER_HIDDEN},
+        feeders=("x_embedder", "context_embedder_norm", "context_embedder", "pos_embed"),
+    ),
+    "PRXTransformer2DModel": Layout({"blocks": _HIDDEN}, feeders=("img_in", "txt_in", "pe_embedder")),
     "PixArtTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}, feeders=("pos_embed", "caption_projection")),
+    "PriorTransformer": Layout({"transformer_blocks": _HIDDEN}),
     "QwenImageTransformer2DModel": Layout(
         {"transformer_blocks": _ENCODER_HIDDEN}, feeders=("img_in", "txt_norm", "txt_in", "pos_embed")
     ),
@@ -120,8 +175,21 @@ BLOCK_STACKS: dict[str, Layout] = {
     "SanaTransformer2DModel": Layout(
         {"transformer_blocks": _HIDDEN}, feeders=("patch_embed", "caption_projection", "caption_norm")
     ),
+    "SanaVideoTransformer3DModel": Layout(
+        {"transformer_blocks": _HIDDEN}, feeders=("patch_embedding", "rope", "caption_projection", "caption_norm")
+    ),
     "SkyReelsV2Transformer3DModel": Layout({"blocks": _HIDDEN}, feeders=("rope", "patch_embedding")),
+    "StableAudioDiTModel": Layout({"transformer_blocks": _HIDDEN}, feeders=("cross_attention_proj", "proj_in")),
+    "WanAnimateTransformer3DModel": Layout(
+        {"face_adapter": _HIDDEN, "blocks": _HIDDEN},
+        feeders=("rope", "patch_embedding", "pose_patch_embedding", "motion_encoder", "face_encoder"),
+    ),
     "WanTransformer3DModel": Layout({"blocks": _HIDDEN}, feeders=("rope", "patch_embedding")),
+    # A hint is added after a block; the block that makes it returns the hint first, which is no argument of its own.
+    "WanVACETransformer3DModel": Layout(
+        {"vace_blocks": ("control_hidden_states", "control_hidden_states"), "blocks": _HIDDEN},
+        feeders=("rope", "patch_embedding", "vace_patch_embedding"),
+    ),
     "ZImageTransformer2DModel": Layout(
         {"noise_refiner": ("x",), "context_refiner": ("x",), "siglip_refiner": ("x",), "layers": ("x",)}, head=("x",)
     ),
