@@ -34,7 +34,7 @@ def corrected(schedule: Schedule, gram: Array, frame: Frame) -> Schedule:
     keys = [*schedule.key_steps, len(moves)]
     for before, key, after in zip(keys, keys[1:], keys[2:], strict=False):
         strength = _strength(schedule, frame, key, after)
-        if key == before + 1 or not strength:
+        if key == before + 1 or not strength or not moves[key]:
             continue
         skipped = list(range(before + 1, key))
         passed = [step for step in schedule.key_steps if step <= before]

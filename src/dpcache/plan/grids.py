@@ -110,14 +110,11 @@ def require_within(grid: NoiseGrid, recorded: NoiseGrid) -> None:
             f"the calibration is of a model that returns {recorded.prediction}, the scheduler takes {grid.prediction}: "
             "use a scheduler of the same prediction type, or calibrate with this one."
         )
-    if not (np.isfinite(wanted).all() and (np.diff(wanted) > 0).all()):
+    if not (np.isfinite(wanted).all() and (np.diff(wanted) >= 0).all()):
+        raise GridError("the noise levels of the grid rise from one step to another: calibrate on this grid.")
+    if not (np.isfinite(known).all() and (np.diff(known) >= 0).all()) or len(known := known[distinct(known)]) < 4:
         raise GridError(
-            "the noise levels of the grid do not fall from step to step, as with schedulers that take a step in two: "
-            "calibrate on this grid."
-        )
-    if len(known) < 4 or not (np.isfinite(known).all() and (np.diff(known) > 0).all()):
-        raise GridError(
-            "the noise levels of this calibration do not fall from step to step, or are fewer than four, so there is "
+            "the noise levels of this calibration rise from one step to another, or are fewer than four, so there is "
             "nothing to interpolate between: calibrate on the grid that you plan for."
         )
     least = known[0] - 1.01 * (known[1] - known[0])
@@ -149,10 +146,17 @@ def interpolation_matrix(knots: Array, points: Array) -> Array:
     return matrix
 
 
+def distinct(levels: Array) -> npt.NDArray[np.intp]:
+    """Where levels that never fall are above the one before: schedulers that take a step in two have some twice."""
+    return np.flatnonzero(np.diff(levels, prepend=-np.inf) > 0)
+
+
 def gram_between(grams: Array, knots: Array, points: Array) -> Array:
     """float64 [runs, points, points]: Gram matrices [runs, knots, knots], as they would be at other noise levels."""
     if not len(grams):
         return np.empty((0, len(points), len(points)))
+    known = distinct(knots)
+    grams, knots = grams[:, known][:, :, known], knots[known]
     matrix = interpolation_matrix(knots, points)
     rough = roughness(grams, knots)
     there = np.stack([np.interp(points, knots, row) for row in rough])
