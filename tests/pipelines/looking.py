@@ -32,7 +32,7 @@ def counted(modules: Mapping[str, nn.Module]) -> Iterator[dict[str, list[int]]]:
 
 @contextmanager
 def stepped(pipe: Any, events: list[Any], parts: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Notes, in order, steps of schedulers by the id of each, where one begins, and which networks are called."""
+    """Notes in order: "begin" and "step" of the pipeline's scheduler, ids of others that step, calls of networks."""
     schedulers = [part for part in vars(pipe).values() if hasattr(part, "step") and not isinstance(part, nn.Module)]
     own = getattr(pipe, "scheduler", None)
     kinds = {type(scheduler) for scheduler in schedulers if callable(getattr(type(scheduler), "step", None))}
@@ -44,8 +44,11 @@ def stepped(pipe: Any, events: list[Any], parts: Mapping[str, nn.Module]) -> Ite
         original = originals[kind, name]
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            if name == "step":
+            if name == "step" and self is not own:
                 events.append(id(self))
+            elif name == "step":
+                # Called twice without a network between, it takes one step in two parts.
+                events.extend(["step"] if events[-1:] != ["step"] else [])
             elif self is own:
                 events.append("begin")
             return original(self, *args, **kwargs)

@@ -20,16 +20,17 @@ What is cached and predicted at each boundary:
 
 - `"blocks"`: the last transformer block's output. The blocks of these denoisers are described in
   `src/dpcache/run/layouts.py`; describe others with `dpcache.register_denoiser`.
-- `"output"`: the denoiser's output. Needs no description and works with any pipeline whose loop calls a denoiser once or
-  several times for every step of its scheduler, in this table or not.
+- `"output"`: the denoiser's output. Needs no description and works with any pipeline whose loop calls a denoiser
+  once or several times for every step of its scheduler, in this table or not.
 
 Every class below was built from small random components and run through its own `__call__`, by `python -m
-tests.pipelines.count`. "Right" means that all steps as key steps give the same bits, that with fewer key steps the denoiser
-(or every one of its blocks) really runs exactly as often as the schedule says, that a second generation equals the first,
-that a skipped step is what the denoiser's head makes of the predicted value, and that disabling brings the first bits
-back. In the column "plan" it was calibrated at the boundary `"output"`, and a schedule planned from that was followed.
-**Bold** ones are put through the invariants of [architecture.md](architecture.md) besides, in
-`tests/pipelines/test_table.py`. All this says nothing about the quality of pictures, which depends on weights and schedule.
+tests.pipelines.count`. "Right" means that all steps as key steps give the same bits, that with fewer key steps the
+denoiser (or every one of its blocks) really runs exactly as often as the schedule says, that a second generation
+equals the first, that a skipped step is what the denoiser's head makes of the predicted value, and that disabling
+brings the first bits back. In the column "plan" it was calibrated at the boundary `"output"`, and a schedule planned
+from that was followed. **Bold** ones are put through the invariants of [architecture.md](architecture.md) besides, in
+`tests/pipelines/test_table.py`. All this says nothing about the quality of pictures, which depends on weights and
+schedule.
 """
 
 _SHOWN = {RIGHT: "right", REFUSED: "refused", NOT_DESCRIBED: "not described", FAILS: "**fails**"}
@@ -72,10 +73,8 @@ def _counts(kept: dict[str, Any]) -> str:
     running = [found["verdicts"] for found in kept["found"].values() if not found["runs"]]
     right = {where: sum(verdicts[where] == RIGHT for verdicts in running) for where in ("output", "blocks")}
     refused = sum(verdicts["output"] == REFUSED for verdicts in running)
-    return (
-        f'{len(running)} built here, {right["output"]} of them right at `"output"` and {right["blocks"]} at `"blocks"`, '
-        f"{refused} refused."
-    )
+    figures = f'{right["output"]} of them right at `"output"` and {right["blocks"]} at `"blocks"`, {refused} refused'
+    return f"{len(running)} are built here, {figures}."
 
 
 def _remarks(name: str, found: dict[str, Any]) -> str:

@@ -114,6 +114,7 @@ wide(
             attention_head_dim=8,
             num_layers=2,
             num_single_layers=2,
+            num_decoder_layers=1,
             text_embed_dim=8,
             rope_axes_dim=(2, 2, 4),
         ),
@@ -175,11 +176,13 @@ wide(
 )
 wide(
     "HunyuanImageRefinerPipeline",
+    # Its autoencoder packs two frames into the channels of one.
+    ready=lambda pipe: setattr(pipe, "latent_channels", 8),
     parts=lambda: flow_parts(
         make(
             "HunyuanImageTransformer2DModel",
-            in_channels=8,
-            out_channels=4,
+            in_channels=16,
+            out_channels=8,
             num_attention_heads=2,
             attention_head_dim=8,
             num_layers=2,

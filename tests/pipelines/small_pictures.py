@@ -45,11 +45,6 @@ wide(
     parts=lambda: {**sd3_parts(in_channels=16, out_channels=16), "vae": vae(latent_channels=16, shift_factor=0.1)},
     given=given,
 )
-sd3(
-    "StableDiffusion3PAGPipeline",
-    "StableDiffusion3PAGImg2ImgPipeline",
-    ready=lambda pipe: pipe.set_pag_applied_layers(["blocks.1"]),
-)
 sd3("StableDiffusion3ControlNetPipeline", config={"controlnet": True})
 sd3(
     "StableDiffusion3ControlNetInpaintingPipeline",

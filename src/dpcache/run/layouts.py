@@ -1,7 +1,8 @@
 """The one table that knows model classes: where their blocks are, and in which order a block returns its streams."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -17,11 +18,14 @@ class Layout:
         head: the streams that what follows the last block reads: the value at the boundary "blocks".
         feeders: attributes of the denoiser that hold what feeds the blocks alone, like the patch embedding and the
             rotary tables: where no block runs, nothing reads what they return. May be missing in a model.
+        fits: whether a model with this configuration is as described; not so where something that comes from skipped
+            parts is added after the last block.
     """
 
     stacks: Mapping[str, tuple[str, ...]]
     head: tuple[str, ...] = ("hidden_states",)
     feeders: tuple[str, ...] = ()
+    fits: Callable[[Any], bool] = lambda config: True
 
 
 _HIDDEN = ("hidden_states",)
@@ -39,6 +43,10 @@ BLOCK_STACKS: dict[str, Layout] = {
     ),
     "BriaTransformer2DModel": Layout(
         {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _ENCODER_HIDDEN},
+        feeders=("x_embedder", "context_embedder", "pos_embed"),
+    ),
+    "BriaFiboTransformer2DModel": Layout(
+        {"transformer_blocks": _ENCODER_HIDDEN, "single_transformer_blocks": _HIDDEN},
         feeders=("x_embedder", "context_embedder", "pos_embed"),
     ),
     "ChromaTransformer2DModel": Layout(
@@ -77,6 +85,9 @@ BLOCK_STACKS: dict[str, Layout] = {
     "GlmImageTransformer2DModel": Layout(
         {"transformer_blocks": _HIDDEN_ENCODER},
         feeders=("rope", "image_projector", "glyph_projector", "prior_projector"),
+    ),
+    "HeliosTransformer3DModel": Layout(
+        {"blocks": _HIDDEN}, feeders=("patch_embedding", "patch_short", "patch_mid", "patch_long", "rope")
     ),
     "HiDreamImageTransformer2DModel": Layout(
         {"double_stream_blocks": _HIDDEN_ENCODER, "single_stream_blocks": _HIDDEN},
@@ -158,6 +169,10 @@ BLOCK_STACKS: dict[str, Layout] = {
     ),
     "LuminaNextDiT2DModel": Layout({"layers": _HIDDEN}),
     "MochiTransformer3DModel": Layout({"transformer_blocks": _HIDDEN_ENCODER}, feeders=("patch_embed", "rope")),
+    "MotifVideoTransformer3DModel": Layout(
+        {"transformer_blocks": _HIDDEN_ENCODER, "single_transformer_blocks": _HIDDEN_ENCODER},
+        feeders=("x_embedder", "context_embedder", "image_embedder", "rope"),
+    ),
     "NucleusMoEImageTransformer2DModel": Layout(
         {"transformer_blocks": _HIDDEN}, feeders=("img_in", "txt_norm", "txt_in", "pos_embed")
     ),
@@ -167,7 +182,6 @@ BLOCK_STACKS: dict[str, Layout] = {
     ),
     "PRXTransformer2DModel": Layout({"blocks": _HIDDEN}, feeders=("img_in", "txt_in", "pe_embedder")),
     "PixArtTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}, feeders=("pos_embed", "caption_projection")),
-    "PriorTransformer": Layout({"transformer_blocks": _HIDDEN}),
     "QwenImageTransformer2DModel": Layout(
         {"transformer_blocks": _ENCODER_HIDDEN}, feeders=("img_in", "txt_norm", "txt_in", "pos_embed")
     ),
@@ -183,12 +197,14 @@ BLOCK_STACKS: dict[str, Layout] = {
     "WanAnimateTransformer3DModel": Layout(
         {"face_adapter": _HIDDEN, "blocks": _HIDDEN},
         feeders=("rope", "patch_embedding", "pose_patch_embedding", "motion_encoder", "face_encoder"),
+        fits=lambda config: (config.num_layers - 1) % config.inject_face_latents_blocks != 0,
     ),
     "WanTransformer3DModel": Layout({"blocks": _HIDDEN}, feeders=("rope", "patch_embedding")),
     # A hint is added after a block; the block that makes it returns the hint first, which is no argument of its own.
     "WanVACETransformer3DModel": Layout(
         {"vace_blocks": ("control_hidden_states", "control_hidden_states"), "blocks": _HIDDEN},
         feeders=("rope", "patch_embedding", "vace_patch_embedding"),
+        fits=lambda config: config.num_layers - 1 not in config.vace_layers,
     ),
     "ZImageTransformer2DModel": Layout(
         {"noise_refiner": ("x",), "context_refiner": ("x",), "siglip_refiner": ("x",), "layers": ("x",)}, head=("x",)
