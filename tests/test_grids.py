@@ -179,7 +179,7 @@ def test_what_cannot_be_interpolated_is_told(flux, calibration):
     refused("go back to the one that was recorded", lambda: late.on_grid(28))
     noisy = NoiseGrid(np.array([1.4, 0.5, 0.2, 0.0]), "flow_prediction")
     refused(r"from 1.4 to 0.2.*Calibrate on a grid that reaches as far", lambda: low.on_grid(scheduler=noisy))
-    refused("do not fall", lambda: low.on_grid(sigmas=[1.0, 0.5, 0.5, 0.2, 0.0]))
+    refused("rise from one step", lambda: low.on_grid(sigmas=[1.0, 0.5, 0.6, 0.2, 0.0]))
     other = DDIMScheduler()
     other.set_timesteps(20)
     refused("returns flow_prediction, the scheduler takes epsilon", lambda: low.on_grid(scheduler=other))

@@ -181,6 +181,12 @@ def from_run(
         ValueError: the run has too few steps for the order.
     """
     steps = run.num_steps
+    if steps <= order:
+        raise CalibrationError(
+            f"the loop took {steps} step{'s' if steps > 1 else ''}, but predictions of order {order} are made from "
+            f"{order + 1} steps and more: take more steps (or, beginning with a picture, a larger strength), or calibrate "
+            "with a lower order."
+        )
     costs = _paper_costs(run, order, device)
     gram = run.gram()
     empty = np.empty((0, steps))

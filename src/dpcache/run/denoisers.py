@@ -134,6 +134,8 @@ def find_blocks(denoiser: nn.Module) -> list[Block]:
             "blocks with dpcache.register_denoiser."
         )
     layout = BLOCK_STACKS[name]
+    if hasattr(denoiser, "config") and not layout.fits(denoiser.config):
+        raise _misdescribed(name, "something is added after its last block that skipped parts would have to compute")
     blocks = [
         _block(module, returns, attribute, name)
         for attribute, returns in layout.stacks.items()

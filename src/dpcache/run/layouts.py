@@ -182,6 +182,7 @@ BLOCK_STACKS: dict[str, Layout] = {
     ),
     "PRXTransformer2DModel": Layout({"blocks": _HIDDEN}, feeders=("img_in", "txt_in", "pe_embedder")),
     "PixArtTransformer2DModel": Layout({"transformer_blocks": _HIDDEN}, feeders=("pos_embed", "caption_projection")),
+    "PriorTransformer": Layout({"transformer_blocks": _HIDDEN}),
     "QwenImageTransformer2DModel": Layout(
         {"transformer_blocks": _ENCODER_HIDDEN}, feeders=("img_in", "txt_norm", "txt_in", "pos_embed")
     ),
