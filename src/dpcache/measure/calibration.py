@@ -19,7 +19,7 @@ from dpcache.plan.costs import CostTensor, sampler_cost, schedule_cost
 from dpcache.plan.grids import Frame, NoiseGrid, frame, left_out_error
 from dpcache.plan.planner import Plan, checked_budget, plan, plan_all
 from dpcache.plan.predictors import Fitted, Predictor, Taylor, chosen_ridge
-from dpcache.plan.recipe import RECIPE_FIELDS, PredictorName, Recipe
+from dpcache.plan.recipe import RECIPE_FIELDS, PredictorName, Recipe, require_recipe
 from dpcache.plan.schedule import Schedule
 
 from .calibration_file import TENSORS, Facts, read, write
@@ -112,7 +112,7 @@ class Calibration(HubFile):
                 f"what {self.facts.scheduler} was given at every step could not be seen while calibrating "
                 f'{self.facts.pipeline}: plan with Recipe(method="paper").'
             )
-        measured = (MEASURED if self.is_measured else 0.0) if measured is None else measured
+        measured = (MEASURED if self.is_measured else 0.0) if measured is None else number("measured", measured, 0, 1)
         if measured and not self.is_measured:
             raise CalibrationError(
                 f"measured={measured} needs the sensitivity, which this calibration did not measure: calibrate with "
@@ -130,6 +130,7 @@ class Calibration(HubFile):
             CalibrationError: as `weights`; or the paper's method is wanted with something else than was calibrated for.
             GridError: the paper's method is wanted of a calibration that was interpolated from another grid.
         """
+        require_recipe(recipe)
         order = self.facts.order if recipe.order is None else recipe.order
         key = (recipe.predictor, order, recipe.measured, recipe.power)
         if recipe.method == "paper":
@@ -187,6 +188,7 @@ class Calibration(HubFile):
             ValueError: not exactly one of number, speedup and error; or one out of range.
         """
         no_more_arguments(self.plan, unknown, RECIPE_FIELDS)
+        require_recipe(recipe)
         if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
             raise ValueError("give one of num_key_steps, speedup and max_error.")
         there = self
@@ -292,6 +294,8 @@ class Calibration(HubFile):
                 "this calibration has run no schedules, so it does not know what errors to expect: calibrate with "
                 'sensitivity="measured".'
             )
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"expected_error is of a dpcache.Schedule, got {schedule!r}.")
         return math.exp(self._logarithm_of_cost(schedule) + self._error_factor)
 
     @cached_property
@@ -313,8 +317,9 @@ class Calibration(HubFile):
                 nothing is corrected.
 
         Raises:
-            ValueError: as `Schedule.from_key_steps`.
+            TypeError, ValueError: as `Schedule.from_key_steps`.
         """
+        require_recipe(recipe)
         schedule = Schedule.from_key_steps(
             key_steps,
             self.facts.num_inference_steps,
@@ -348,6 +353,8 @@ class Calibration(HubFile):
         """
         if not parts:
             raise CalibrationError("there are no calibrations to merge.")
+        if not all(isinstance(part, Calibration) for part in parts):
+            raise TypeError(f"only calibrations can be merged, got {parts!r}.")
         first = parts[0].facts
         for place, part in enumerate(parts):
             same = {"num_inputs": first.num_inputs, "calls": first.calls}

@@ -6,19 +6,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from dpcache.checks import one_of, whole
 from dpcache.errors import CalibrationError
 from dpcache.files.journal import Journal
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.schedule import Boundary, ModelIdentity
 from dpcache.run.denoisers import find_denoisers, identify
-from dpcache.run.inputs import Input, call_arguments, seeded
+from dpcache.run.inputs import Input, seeded
 from dpcache.run.schedulers import prediction_type
 
+from .arguments import checked_calls, checked_seed
 from .calibration import Calibration
 from .calibration_file import Facts
 from .fingerprint import require_same
@@ -77,9 +79,17 @@ def calibrate(
             checkpoint was measured on other inputs, in another way, or with another model, adapter or scheduler.
         UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
         CacheStateError: dpcache is enabled on the pipeline.
+        TypeError, ValueError: an unknown name, or a number out of range.
     """
     defaults = {"num_inference_steps": num_inference_steps, "output_type": "latent", **arguments}
-    calls = call_arguments(inputs, defaults)
+    _check(boundary, order, sensitivity, seed)
+    calls = checked_calls(pipeline, inputs, defaults)
+    for number, call in enumerate(calls):
+        if whole("num_inference_steps", call["num_inference_steps"], 1) <= order:
+            raise ValueError(
+                f"order={order} needs more than {order} steps, input {number} has {call['num_inference_steps']}: "
+                "give more steps, or a lower order."
+            )
     probed = PROBED_INPUTS if sensitivity == "measured" else 0
     tried = calls[:TRIED_INPUTS] if sensitivity == "measured" else []
     steps = num_inference_steps
@@ -109,6 +119,13 @@ def calibrate(
             journal = Journal(path, about)
             found = _tried_out(pipeline, found, tried, TRIAL_SEED + seed, journal, partial(bar.update, per_trial))
     return found
+
+
+def _check(boundary: str, order: int, sensitivity: str, seed: int) -> None:
+    one_of("boundary", boundary, get_args(Boundary))
+    one_of("sensitivity", sensitivity, get_args(Sensitivity))
+    whole("order", order, 0)
+    checked_seed(seed)
 
 
 def _merged(parts: dict[int, Calibration]) -> Calibration:
