@@ -46,8 +46,8 @@ class Calibration(HubFile):
         probes: float64 [probed inputs, T], how much farther the final sample was measured to move (see
             `sensitivity.ratios`), NaN at steps that were not probed; no inputs where it was not measured.
         tried: float64 [trials, T], 1 at the key steps of Taylor schedules that were run for real, else 0.
-        tried_error: float64 [trials], what they erred by: RMS difference of the final sample from the full run's, as a
-            share of that; over inputs as in `trials.average_error`.
+        tried_error: float64 [trials], their measured errors: RMS difference of the final sample from the full run's, as
+            a share of that; averaged over inputs by `trials.average_error`.
     """
 
     KIND: ClassVar[str] = "calibration"
@@ -184,7 +184,7 @@ class Calibration(HubFile):
             CalibrationError: as `cost`; or `max_error` is wanted of a calibration that has measured no errors.
             GridError: as `on_grid`.
             InfeasibleBudgetError: no plan with K key steps satisfies the constraints, or none keeps within the error.
-            TypeError: an argument that there is none of, or of the wrong type.
+            TypeError: an unknown argument, or one of the wrong type.
             ValueError: not exactly one of number, speedup and error; or one out of range.
         """
         no_more_arguments(self.plan, unknown, RECIPE_FIELDS)
@@ -231,10 +231,10 @@ class Calibration(HubFile):
 
     @property
     def interpolation_error(self) -> float | None:
-        """How well other grids can be interpolated to: relative RMS error of outputs at steps that are left out.
+        """How exact interpolation to other grids is: relative RMS error of outputs at steps that were left out.
 
-        Every second step is left out and interpolated between the others, which are twice as far apart as those that
-        `on_grid` goes by. None where noise levels are not known, or are fewer than nine.
+        It leaves out every second step and interpolates it between the others. They are twice as far apart as the steps
+        that `on_grid` interpolates between. None where noise levels are not known, or are fewer than nine.
         """
         grid = self.grid
         if grid is None or grid.num_steps < 9:
@@ -282,9 +282,10 @@ class Calibration(HubFile):
         return f", interpolated from {self.facts.recorded_steps} steps" if self.facts.recorded_steps else ""
 
     def expected_error(self, schedule: Schedule) -> float:
-        """The error to be expected of a schedule that was not tuned: RMS difference of the final sample, relative.
+        """The error to expect of a schedule that was not tuned: RMS difference of the final sample, relative.
 
-        The root of its cost (see `costs.schedule_cost`), times what the schedules that were tried erred by more.
+        The root of its cost (see `costs.schedule_cost`), times the mean ratio of measured to computed errors of the
+        schedules that were tried.
 
         Raises:
             CalibrationError: none were tried: that takes `calibrate(..., sensitivity="measured")`.

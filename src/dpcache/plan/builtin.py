@@ -51,7 +51,7 @@ def builtin_schedule(name: str, num_key_steps: int) -> Schedule:
 
     Raises:
         UnknownModelError: there are none of this name.
-        ValueError: there is none with so many key steps.
+        ValueError: there is none with this many key steps.
     """
     if not isinstance(name, str) or name not in builtins():
         raise UnknownModelError(f"there are no built-in schedules named {name!r}: there are {_known()}.")

@@ -43,7 +43,7 @@ class Recipe:
             the paper's method do.
 
     Raises:
-        TypeError: a field that there is none of, or a value of the wrong type.
+        TypeError: an unknown field, or a value of the wrong type.
         ValueError: an unknown name or a number out of range.
     """
 

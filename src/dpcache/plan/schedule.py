@@ -109,7 +109,7 @@ class Schedule(HubFile, BaseModel):
             key_steps: increasing, the first is 0.
             num_inference_steps: T, more than the last key step.
             order: order of the Taylor prediction; grows from 0 as key steps arrive.
-            predictor: what predicts instead of Taylor; `order` is of no account then.
+            predictor: what predicts instead of Taylor; `order` is not used then.
             boundary: what is cached, `"blocks"` or `"output"`.
             model: the model it is for; None lets it run on any.
             cost: kept in the schedule, for people.
@@ -165,7 +165,7 @@ class Schedule(HubFile, BaseModel):
 
         Raises:
             UnknownModelError: there are none of this name.
-            ValueError: there is none with so many key steps.
+            ValueError: there is none with this many key steps.
         """
         from .builtin import builtin_schedule
 

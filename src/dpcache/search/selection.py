@@ -300,7 +300,7 @@ def _known(inputs: Sequence[Input] | None, calibration: Calibration) -> Sequence
         return inputs
     if calibration.facts.calls is None:
         raise CalibrationError(
-            "this calibration does not know its inputs, for there was more among them than text and numbers: pass "
+            "this calibration does not know its inputs, because they hold more than text and numbers: pass "
             "some, select(pipe, calibration, num_key_steps, inputs=[...], fitting_inputs=[...])."
         )
     return calibration.facts.calls
