@@ -59,7 +59,7 @@ def _loops(found: Row) -> Iterable[str]:
         told = ", ".join(f"{row['way']}: {row['efficiency']:.3f}" for row in low)
         ours, theirs = _key_steps(found["rounds"], "dpcache"), _key_steps(found["rounds"], "TaylorSeer")
         yield (
-            f"Missed as the loops fell out: {told}. There the key steps took longer than the steps of the full loop, "
+            f"Missed as measured: {told}. There the key steps took longer than the steps of the full loop, "
             f"{min(ours):.2f} to {max(ours):.2f} times as long over all rounds (those of TaylorSeer "
             f"{min(theirs):.2f} to {max(theirs):.2f} times): more than the skipped steps add, and not explained yet "
             "beyond the load on the machine.\n"
@@ -77,7 +77,7 @@ def _loops(found: Row) -> Iterable[str]:
     above = [row["way"] for row in peers if max(row[column] for column in columns[::2]) > 1]
     if above:
         yield (
-            f"Above 1 as the loops fell out: {'; '.join(above)}. Full steps are most of such a loop, and theirs were "
+            f"Above 1 as measured: {'; '.join(above)}. Full steps are most of such a loop, and theirs were "
             "shorter there; `of steps` says what the rest is.\n"
         )
 

@@ -364,6 +364,72 @@ def test_completion(words, expected):
     assert set(done.stdout.split()) == expected
 
 
+class Calls:
+    """Counts what a model computes, and is interrupted at some point, as by Ctrl-C."""
+
+    def __init__(self, monkeypatch, pipe):
+        self.count, self.stop = 0, None
+        monkeypatch.setattr("dpcache.zoo.load_pipeline", lambda *model, **how: pipe)
+        self.handle = pipe.transformer.register_forward_pre_hook(self.add)
+
+    def add(self, *call):
+        self.count += 1
+        if self.count == self.stop:
+            raise KeyboardInterrupt
+
+
+@pytest.fixture
+def calls(monkeypatch, flux):
+    counted = Calls(monkeypatch, flux)
+    yield counted
+    counted.handle.remove()
+
+
+def test_generate_keeps_what_is_there(run, ask, calls):
+    """After Ctrl-C, and whenever the same command is given again; what was drawn from something else is drawn anew."""
+    words = ("generate", "tiny-flux", RING, STAR, "-o", "a.png", "-t", "4")
+    calls.stop = 6
+    code, _, err = run(*words)
+    assert code == 130
+    assert "interrupted: 1 picture written, the same command goes on from there." in err
+    calls.count, calls.stop = 0, None
+    found = ask(*words)["pictures"]
+    assert ([picture["kept"] for picture in found], calls.count) == ([True, False], 4)
+    before = Path("a-0.png").read_bytes()
+    code, out, _ = run(*words)
+    assert (code, out.count("kept a-"), calls.count) == (0, 2, 4)
+    assert Path("a-0.png").read_bytes() == before
+    Path("a-1.png").write_bytes(Path("a-1.png").read_bytes()[:-4])  # cut short
+    assert [picture["kept"] for picture in ask(*words)["pictures"]] == [True, False]
+    for other in (("--seed", "5"), ("--set", "guidance_scale=2.0"), ("-t", "5")):
+        assert not any(picture["kept"] for picture in ask(*words, *other)["pictures"])
+    several = ("generate", "tiny-flux", RING, "-o", "b.png", "-t", "2", "--set", "num_images_per_prompt=2")
+    for kept in (False, True):
+        found = ask(*several)["pictures"]
+        assert [(p["file"], p["kept"]) for p in found] == [("b-0.png", kept), ("b-1.png", kept)]
+    assert not ask("generate", "tiny-flux", RING, "-o", "c.webp", "-t", "2")["pictures"][0]["kept"]
+
+
+def test_an_interrupted_comparison_is_of_the_inputs_that_are_done(run, calls, tmp_path):
+    dpcache.Schedule.uniform(2, 4).save(tmp_path / "s.json")
+    words = ("compare", "tiny-flux", RING, STAR, RING, "-s", "s.json", "--report", "r.html")
+    per_input = 4 + 4  # the denoiser is called at skipped steps, too
+    calls.stop = 4 + per_input + 5  # within the second
+    code, out, err = run(*words, "--json")
+    assert code == 130
+    document = json.loads(out)
+    assert document["num_inputs"] == 1 == len(document["comparisons"][0]["samples"])
+    assert "interrupted: the table and the report are of 1 of 3 inputs" in json.loads(err.splitlines()[-1])["error"]
+    assert RING in Path("r.html").read_text(encoding="utf-8")
+    calls.count, calls.stop = 0, 4 + 2 * per_input + 3
+    code, out, err = run(*words[:-2])
+    assert (code, "s.json" in out) == (130, True)
+    assert "interrupted: the table is of 2 of 3 inputs." in err
+    calls.count, calls.stop = 0, 6  # within the first: nothing to tell
+    code, out, err = run(*words[:-2])
+    assert (code, out) == (130, "")
+
+
 def test_without_its_extra_it_names_the_remedy():
     code = "import sys; sys.modules['typer'] = None; import dpcache.apps.cli"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)

@@ -1,5 +1,6 @@
 """Pictures and clips as files; in PNG, with a note of how they were made."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,17 @@ def is_whole(path: Path) -> bool:
     with path.open("rb") as file:
         file.seek(-len(_END), 2)
         return file.read() == _END
+
+
+def drawn_from(path: Path, origin: str) -> dict[str, Any] | None:
+    """The note of a whole PNG file that was drawn from this origin, a digest; None where there is no such picture."""
+    if not is_whole(path):
+        return None
+    try:
+        note = json.loads(read_note(path) or "null")
+    except (ValueError, RecursionError):
+        return None
+    return note if isinstance(note, dict) and note.get("origin") == origin else None
 
 
 def read_note(path: Path) -> str | None:

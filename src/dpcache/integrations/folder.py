@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from dpcache.errors import GenerationError
-from dpcache.files.pictures import Picture, is_whole, read_note, save_picture
+from dpcache.files.journal import digest
+from dpcache.files.pictures import Picture, drawn_from, is_whole, read_note, save_picture
 from dpcache.files.whole import write_whole
+from dpcache.plan.schedule import Schedule
 
 INDEX = "index.parquet"
 _SCRATCH = ".run-"
@@ -39,6 +41,24 @@ class Job:
     seed: int
     arguments: Mapping[str, Any]
     origin: str
+
+
+def origin(model: str, followed: Any, seed: int, arguments: Mapping[str, Any]) -> str:
+    """A digest of all that a picture depends on.
+
+    Args:
+        model: its name.
+        followed: what tells one schedule or plan from another (see `told_apart`); None where it is drawn in full.
+        seed: of its noise.
+        arguments: of the pipeline's call.
+    """
+    return digest([digest([model, followed]), seed, arguments])
+
+
+def told_apart(schedule: Schedule | None) -> Any:
+    """What of a schedule a picture depends on."""
+    told = {"num_inference_steps", "boundary", "predictions", "corrections"}
+    return None if schedule is None else schedule.model_dump(mode="json", include=told)
 
 
 @dataclass(frozen=True)
@@ -138,8 +158,8 @@ class Folder:
         path = self.file(job)
         if not is_whole(path):
             return None
-        note = _note(path)
-        if note is None or note.get("origin") != job.origin:
+        note = drawn_from(path, job.origin)
+        if note is None:
             raise GenerationError(
                 f"{path} was not drawn from this prompt with this seed, these settings, this schedule and this model: "
                 "choose another folder, or delete what is there."

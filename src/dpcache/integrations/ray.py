@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 from dpcache.errors import GenerationError, missing_extra
 from dpcache.files.journal import digest
 from dpcache.files.prompts import Request, as_requests, check_arguments, read_requests
-from dpcache.integrations.folder import Folder, Job, Result
+from dpcache.integrations.folder import Folder, Job, Result, origin, told_apart
 from dpcache.plan.schedule import Schedule
 from dpcache.run.inputs import noise_of, seeded
 
@@ -255,16 +255,13 @@ def _jobs(
 ) -> list[Job]:
     name = f"{model.__module__}.{model.__qualname__}" if callable(model) else str(model)
     defaults = dict(arguments)
-    followed = None
     if schedule is not None:
         defaults.setdefault("num_inference_steps", schedule.num_inference_steps)
-        told = {"num_inference_steps", "boundary", "predictions", "corrections"}
-        followed = schedule.model_dump(mode="json", include=told)
-    of_all = digest([name, followed])
+    followed = told_apart(schedule)
     jobs = []
     for request in requests:
         call = {**defaults, **request.arguments}
-        jobs.append(Job(request.id, request.label, request.seed, call, digest([of_all, request.seed, call])))
+        jobs.append(Job(request.id, request.label, request.seed, call, origin(name, followed, request.seed, call)))
     return jobs
 
 

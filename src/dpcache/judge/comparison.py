@@ -89,6 +89,18 @@ class Comparison:
         return float(np.mean([s.ssim for s in self.samples]))
 
 
+class ComparisonInterrupted(KeyboardInterrupt):
+    """Ctrl-C while comparing.
+
+    Attributes:
+        comparisons: over the inputs that were drawn with every schedule by then, one input at least.
+    """
+
+    def __init__(self, comparisons: "list[Comparison]") -> None:
+        super().__init__()
+        self.comparisons = comparisons
+
+
 def compare(
     pipeline: Any,
     schedule: Schedule,
@@ -125,7 +137,11 @@ def compare_all(
     progress: bool = True,
     **arguments: Any,
 ) -> list[Comparison]:
-    """`compare` for several schedules of one number of steps, the full runs shared and all runs interleaved."""
+    """`compare` for several schedules of one number of steps, the full runs shared and all runs interleaved.
+
+    Raises:
+        ComparisonInterrupted: Ctrl-C after the first input; it has the comparisons over those that are done.
+    """
     steps = {schedule.num_inference_steps for schedule in schedules}
     if len(steps) != 1:
         raise ValueError(f"compare schedules of one number of steps at a time, got {sorted(steps)}.")
@@ -144,11 +160,20 @@ def compare_all(
         full.run(calls[0], first_seed[0])  # the first call pays for what is set up once
         full.reset()
         bar.update()
-        for call, seed in zip(calls, first_seed, strict=True):
+        done = 0
+        try:
+            for call, seed in zip(calls, first_seed, strict=True):
+                for side in (full, *cached):
+                    side.run(call, seed)
+                    bar.update()
+                done += 1
+        except KeyboardInterrupt as interrupt:
+            if not done:
+                raise
             for side in (full, *cached):
-                side.run(call, seed)
-                bar.update()
-    return [_comparison(schedule, full, side) for schedule, side in zip(schedules, cached, strict=True)]
+                side.forget_after(done)
+            raise ComparisonInterrupted(_comparisons(schedules, full, cached)) from interrupt
+    return _comparisons(schedules, full, cached)
 
 
 class _Side:
@@ -163,6 +188,8 @@ class _Side:
         self.pictures: list[Picture] = []
         self.labels: list[tuple[str, int]] = []
         self.block_runs = 0
+        #: Of every call: pictures and blocks run up to its end.
+        self._ends: list[tuple[int, int]] = []
 
     def run(self, call: Mapping[str, Any], seed: int) -> None:
         arguments = seeded(self.pipeline, call, seed)
@@ -176,6 +203,12 @@ class _Side:
         pictures = as_pictures(output)
         self.pictures.extend(pictures)
         self.labels.extend([(label(self.pipeline, call), seed)] * len(pictures))
+        self._ends.append((len(self.pictures), self.block_runs))
+
+    def forget_after(self, calls: int) -> None:
+        """Leaves what the first so many calls gave."""
+        pictures, self.block_runs = self._ends[calls - 1]
+        del self.pictures[pictures:], self.labels[pictures:], self.seconds[calls:], self._ends[calls:]
 
     def _timed(self, arguments: dict[str, Any]) -> Any:
         start = time.perf_counter()
@@ -184,6 +217,10 @@ class _Side:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
         return output
+
+
+def _comparisons(schedules: Sequence[Schedule], full: _Side, cached: Sequence[_Side]) -> list[Comparison]:
+    return [_comparison(schedule, full, side) for schedule, side in zip(schedules, cached, strict=True)]
 
 
 def _comparison(schedule: Schedule, full: _Side, cached: _Side) -> Comparison:

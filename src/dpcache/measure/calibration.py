@@ -19,7 +19,7 @@ from dpcache.plan.costs import CostTensor, sampler_cost, schedule_cost
 from dpcache.plan.grids import Frame, NoiseGrid, frame, left_out_error
 from dpcache.plan.planner import Plan, checked_budget, plan, plan_all
 from dpcache.plan.predictors import Fitted, Predictor, Taylor, chosen_ridge
-from dpcache.plan.recipe import RECIPE_FIELDS, PredictorName, Recipe
+from dpcache.plan.recipe import RECIPE_FIELDS, PredictorName, Recipe, require_recipe
 from dpcache.plan.schedule import Schedule
 
 from .calibration_file import TENSORS, Facts, read, write
@@ -46,8 +46,8 @@ class Calibration(HubFile):
         probes: float64 [probed inputs, T], how much farther the final sample was measured to move (see
             `sensitivity.ratios`), NaN at steps that were not probed; no inputs where it was not measured.
         tried: float64 [trials, T], 1 at the key steps of Taylor schedules that were run for real, else 0.
-        tried_error: float64 [trials], what they erred by: RMS difference of the final sample from the full run's, as a
-            share of that; over inputs as in `trials.average_error`.
+        tried_error: float64 [trials], their measured errors: RMS difference of the final sample from the full run's, as
+            a share of that; averaged over inputs by `trials.average_error`.
     """
 
     KIND: ClassVar[str] = "calibration"
@@ -112,7 +112,7 @@ class Calibration(HubFile):
                 f"what {self.facts.scheduler} was given at every step could not be seen while calibrating "
                 f'{self.facts.pipeline}: plan with Recipe(method="paper").'
             )
-        measured = (MEASURED if self.is_measured else 0.0) if measured is None else measured
+        measured = (MEASURED if self.is_measured else 0.0) if measured is None else number("measured", measured, 0, 1)
         if measured and not self.is_measured:
             raise CalibrationError(
                 f"measured={measured} needs the sensitivity, which this calibration did not measure: calibrate with "
@@ -130,6 +130,7 @@ class Calibration(HubFile):
             CalibrationError: as `weights`; or the paper's method is wanted with something else than was calibrated for.
             GridError: the paper's method is wanted of a calibration that was interpolated from another grid.
         """
+        require_recipe(recipe)
         order = self.facts.order if recipe.order is None else recipe.order
         key = (recipe.predictor, order, recipe.measured, recipe.power)
         if recipe.method == "paper":
@@ -183,10 +184,11 @@ class Calibration(HubFile):
             CalibrationError: as `cost`; or `max_error` is wanted of a calibration that has measured no errors.
             GridError: as `on_grid`.
             InfeasibleBudgetError: no plan with K key steps satisfies the constraints, or none keeps within the error.
-            TypeError: an argument that there is none of, or of the wrong type.
+            TypeError: an unknown argument, or one of the wrong type.
             ValueError: not exactly one of number, speedup and error; or one out of range.
         """
         no_more_arguments(self.plan, unknown, RECIPE_FIELDS)
+        require_recipe(recipe)
         if sum(given is not None for given in (num_key_steps, speedup, max_error)) != 1:
             raise ValueError("give one of num_key_steps, speedup and max_error.")
         there = self
@@ -229,10 +231,10 @@ class Calibration(HubFile):
 
     @property
     def interpolation_error(self) -> float | None:
-        """How well other grids can be interpolated to: relative RMS error of outputs at steps that are left out.
+        """How exact interpolation to other grids is: relative RMS error of outputs at steps that were left out.
 
-        Every second step is left out and interpolated between the others, which are twice as far apart as those that
-        `on_grid` goes by. None where noise levels are not known, or are fewer than nine.
+        It leaves out every second step and interpolates it between the others. They are twice as far apart as the steps
+        that `on_grid` interpolates between. None where noise levels are not known, or are fewer than nine.
         """
         grid = self.grid
         if grid is None or grid.num_steps < 9:
@@ -280,9 +282,10 @@ class Calibration(HubFile):
         return f", interpolated from {self.facts.recorded_steps} steps" if self.facts.recorded_steps else ""
 
     def expected_error(self, schedule: Schedule) -> float:
-        """The error to be expected of a schedule that was not tuned: RMS difference of the final sample, relative.
+        """The error to expect of a schedule that was not tuned: RMS difference of the final sample, relative.
 
-        The root of its cost (see `costs.schedule_cost`), times what the schedules that were tried erred by more.
+        The root of its cost (see `costs.schedule_cost`), times the mean ratio of measured to computed errors of the
+        schedules that were tried.
 
         Raises:
             CalibrationError: none were tried: that takes `calibrate(..., sensitivity="measured")`.
@@ -292,6 +295,8 @@ class Calibration(HubFile):
                 "this calibration has run no schedules, so it does not know what errors to expect: calibrate with "
                 'sensitivity="measured".'
             )
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"expected_error is of a dpcache.Schedule, got {schedule!r}.")
         return math.exp(self._logarithm_of_cost(schedule) + self._error_factor)
 
     @cached_property
@@ -313,8 +318,9 @@ class Calibration(HubFile):
                 nothing is corrected.
 
         Raises:
-            ValueError: as `Schedule.from_key_steps`.
+            TypeError, ValueError: as `Schedule.from_key_steps`.
         """
+        require_recipe(recipe)
         schedule = Schedule.from_key_steps(
             key_steps,
             self.facts.num_inference_steps,
@@ -348,6 +354,8 @@ class Calibration(HubFile):
         """
         if not parts:
             raise CalibrationError("there are no calibrations to merge.")
+        if not all(isinstance(part, Calibration) for part in parts):
+            raise TypeError(f"only calibrations can be merged, got {parts!r}.")
         first = parts[0].facts
         for place, part in enumerate(parts):
             same = {"num_inputs": first.num_inputs, "calls": first.calls}

@@ -1,7 +1,7 @@
 """Which pipeline something was measured with: its class, its scheduler, its model with adapters, and their weights.
 
-A directory or a configuration does not tell two sets of weights apart. A few elements of every parameter do: whoever
-trains, merges or quantizes a model changes some of them.
+A directory or a configuration does not tell two sets of weights apart. A few elements of every parameter do: training,
+merging or quantizing a model changes some of them.
 """
 
 import json

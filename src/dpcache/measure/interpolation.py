@@ -1,11 +1,13 @@
 """A calibration on another grid than it was recorded on."""
 
+import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from dpcache.checks import whole
 from dpcache.errors import GridError
 from dpcache.plan.grids import (
     NoiseGrid,
@@ -31,6 +33,8 @@ def asked_grid(calibration: "Calibration", asked: dict[str, Any]) -> NoiseGrid |
         raise ValueError(f"give one of {', '.join(asked)}; got {', '.join(given) or 'none'}.")
     ((name, value),) = given.items()
     recorded = calibration.grid
+    if name == "num_inference_steps":
+        value = whole(name, value, -sys.maxsize)
     if name == "num_inference_steps" and value == calibration.facts.num_inference_steps:
         return None
     if recorded is None:
@@ -56,14 +60,24 @@ def _grid(recorded: NoiseGrid, name: str, value: Any) -> NoiseGrid:
     if name == "num_inference_steps":
         return with_steps(recorded, value)
     if name == "timesteps":
-        return at_timesteps(recorded, value)
+        return at_timesteps(recorded, _levels(name, value, 1))
     if name == "sigmas":
-        return NoiseGrid(np.asarray(value, dtype=np.float64), recorded.prediction)
+        return NoiseGrid(_levels(name, value, 2), recorded.prediction)
     if isinstance(value, NoiseGrid):
         return value
     from dpcache.run.schedulers import noise_grid
 
     return noise_grid(value)
+
+
+def _levels(name: str, value: Any, least: int) -> NDArray[np.float64]:
+    try:
+        levels = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} must be numbers, got {value!r}.") from error
+    if levels.ndim != 1 or len(levels) < least or not np.isfinite(levels).all():
+        raise ValueError(f"{name} must be {least} or more finite numbers, got {value!r}.")
+    return levels
 
 
 def _smoothed(probes: NDArray[np.float64]) -> NDArray[np.float64]:

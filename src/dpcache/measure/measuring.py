@@ -3,22 +3,24 @@
 import json
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 from tqdm.auto import tqdm
 
+from dpcache.checks import one_of, whole
 from dpcache.errors import CalibrationError
 from dpcache.files.journal import Journal
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.schedule import Boundary, ModelIdentity
 from dpcache.run.denoisers import find_denoisers, identify
-from dpcache.run.inputs import Input, call_arguments, seeded
+from dpcache.run.inputs import Input, seeded
 from dpcache.run.schedulers import prediction_type
 
+from .arguments import checked_calls, checked_seed
 from .calibration import Calibration
 from .calibration_file import Facts
 from .fingerprint import require_same
@@ -77,78 +79,126 @@ def calibrate(
             checkpoint was measured on other inputs, in another way, or with another model, adapter or scheduler.
         UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
         CacheStateError: dpcache is enabled on the pipeline.
+        TypeError, ValueError: an unknown name, or a number out of range.
     """
     defaults = {"num_inference_steps": num_inference_steps, "output_type": "latent", **arguments}
-    calls = call_arguments(inputs, defaults)
+    _check(boundary, order, sensitivity, seed)
+    calls = checked_calls(pipeline, inputs, defaults)
+    _check_steps(calls, order)
+    folder = None if checkpoint is None else Path(checkpoint)
+    if folder is not None:
+        require_same(folder, pipeline)
     probed = PROBED_INPUTS if sensitivity == "measured" else 0
     tried = calls[:TRIED_INPUTS] if sensitivity == "measured" else []
     steps = num_inference_steps
     per_trial = steps + sum(_tried_budgets(steps))
     total = len(calls) * steps + min(probed, len(calls)) * probing_calls(steps) + len(tried) * per_trial
-    if checkpoint is not None:
-        require_same(Path(checkpoint), pipeline)
-    parts: dict[int, Calibration] = {}
     with tqdm(total=total, desc="calibrate", unit="step", disable=not progress) as bar:
+        parts = []
         for number, call in enumerate(calls):
-            kept = Path(checkpoint) / f"input-{number}-seed-{seed + number}.safetensors" if checkpoint else None
-            if kept is not None and kept.exists():
-                parts[number] = _resumed(kept, number, call, boundary, order, number < probed)
-                bar.update(steps + (number < probed) * probing_calls(steps))
-                continue
-            try:
-                part = _measured(pipeline, call, seed + number, boundary, order, number < probed, bar.update)
-            except CalibrationError as error:
-                raise CalibrationError(f"input {number}: {error}") from error
-            parts[number] = part
-            if kept is not None:
-                part.save(kept)
+            one = _One(pipeline, call, number, seed + number, boundary, order, number < probed)
+            parts.append(one.measured(folder, bar.update, steps))
         found = _merged(parts)
         if tried and len(found.gram):
-            path = Path(checkpoint) / "tried.jsonl" if checkpoint else None
             about = {"inputs": calls, "seed": seed, "boundary": boundary, "order": order}
-            journal = Journal(path, about)
+            journal = Journal(None if folder is None else folder / "tried.jsonl", about)
             found = _tried_out(pipeline, found, tried, TRIAL_SEED + seed, journal, partial(bar.update, per_trial))
     return found
 
 
-def _merged(parts: dict[int, Calibration]) -> Calibration:
+def _check(boundary: str, order: int, sensitivity: str, seed: int) -> None:
+    one_of("boundary", boundary, get_args(Boundary))
+    one_of("sensitivity", sensitivity, get_args(Sensitivity))
+    whole("order", order, 0)
+    checked_seed(seed)
+
+
+def _check_steps(calls: Sequence[dict[str, Any]], order: int) -> None:
+    for number, call in enumerate(calls):
+        if whole("num_inference_steps", call["num_inference_steps"], 1) <= order:
+            raise ValueError(
+                f"order={order} needs more than {order} steps, input {number} has {call['num_inference_steps']}: "
+                "give more steps, or a lower order."
+            )
+
+
+def _merged(parts: Sequence[Calibration]) -> Calibration:
     """One calibration of all inputs, in their order."""
     first = parts[0].facts.num_inference_steps
-    for number, part in parts.items():
+    for number, part in enumerate(parts):
         if part.facts.num_inference_steps != first:
             raise CalibrationError(
                 f"input {number} ran {part.facts.num_inference_steps} steps and those before it {first}: give every "
                 "input the same number of steps."
             )
-    return Calibration.merged(list(parts.values()))
+    return Calibration.merged(parts)
 
 
-def _measured(
-    pipeline: Any,
-    call: dict[str, Any],
-    seed: int,
-    boundary: Boundary,
-    order: int,
-    probe: bool,
-    on_step: Callable[[], object],
-) -> Calibration:
-    """The calibration of one input."""
-    run = record(pipeline, seeded(pipeline, call, seed), boundary=boundary, on_step=lambda _: on_step())
-    part = from_run(
-        run,
-        boundary=boundary,
-        order=order,
-        model=identify(find_denoisers(pipeline)),
-        pipeline=type(pipeline).__name__,
-        scheduler=type(pipeline.scheduler).__name__,
-        prediction=prediction_type(pipeline.scheduler),
-        calls=_as_json([call]),
-        device=_device(pipeline),
-    )
-    if not probe or not len(part.gram):
+@dataclass(frozen=True)
+class _One:
+    """One input, and how to measure it."""
+
+    pipeline: Any
+    call: dict[str, Any]
+    number: int
+    seed: int
+    boundary: Boundary
+    order: int
+    probe: bool
+
+    def measured(self, folder: Path | None, on_steps: Callable[..., object], steps: int) -> Calibration:
+        """Its calibration: from the checkpoint, or by running it, and then put there."""
+        kept = None if folder is None else folder / f"input-{self.number}-seed-{self.seed}.safetensors"
+        if kept is not None and kept.exists():
+            on_steps(steps + self.probe * probing_calls(steps))
+            return self._resumed(kept)
+        try:
+            part = self._run(on_steps)
+        except CalibrationError as error:
+            raise CalibrationError(f"input {self.number}: {error}") from error
+        if kept is not None:
+            part.save(kept)
         return part
-    moved = measure(pipeline, partial(seeded, pipeline, call, seed), on_step)
-    return replace(part, probes=ratios(moved, part.influence[0])[None])
+
+    def _run(self, on_step: Callable[[], object]) -> Calibration:
+        pipeline = self.pipeline
+        run = record(
+            pipeline, seeded(pipeline, self.call, self.seed), boundary=self.boundary, on_step=lambda _: on_step()
+        )
+        part = from_run(
+            run,
+            boundary=self.boundary,
+            order=self.order,
+            model=identify(find_denoisers(pipeline)),
+            pipeline=type(pipeline).__name__,
+            scheduler=type(pipeline.scheduler).__name__,
+            prediction=prediction_type(pipeline.scheduler),
+            calls=_as_json([self.call]),
+            device=_device(pipeline),
+        )
+        if not self.probe or not len(part.gram):
+            return part
+        moved = measure(pipeline, partial(seeded, pipeline, self.call, self.seed), on_step)
+        return replace(part, probes=ratios(moved, part.influence[0])[None])
+
+    def _resumed(self, path: Path) -> Calibration:
+        """What a checkpoint keeps of the input, if it is of this one."""
+        part = Calibration.load(path)
+        facts = part.facts
+        if facts.calls is None:
+            raise CalibrationError(
+                f"{path} does not say of which input it is, because that input held more than text and numbers: "
+                "delete it."
+            )
+        # Where the scheduler's steps could not be seen there was nothing to probe.
+        probed = self.probe and len(part.gram) > 0
+        same = (facts.calls, facts.boundary, facts.order) == (_as_json([self.call]), self.boundary, self.order)
+        if not same or part.is_measured != probed:
+            raise CalibrationError(
+                f"{path} was measured on another input {self.number}, or in another way: go on with the same "
+                "arguments, or give another checkpoint."
+            )
+        return part
 
 
 def from_run(
@@ -223,7 +273,7 @@ def _tried_out(
     journal: Journal,
     on_trial: Callable[[], object],
 ) -> Calibration:
-    """The calibration, with what its own plans err by when they are run, from other noise."""
+    """The calibration, with the errors of its own plans, run from other noise."""
     plans = [found.plan(budget) for budget in _tried_budgets(found.facts.num_inference_steps)]
 
     def errors(number: int, call: dict[str, Any]) -> list[float]:
@@ -245,26 +295,6 @@ def _tried_out(
 
 def _tried_budgets(num_steps: int) -> list[int]:
     return sorted({max(2, num_steps // speedup) for speedup in TRIED_SPEEDUPS} & set(range(2, num_steps)))
-
-
-def _resumed(
-    path: Path, number: int, call: dict[str, Any], boundary: Boundary, order: int, probed: bool
-) -> Calibration:
-    """What a checkpoint keeps of an input, if it is that input's."""
-    part = Calibration.load(path)
-    facts = part.facts
-    if facts.calls is None:
-        raise CalibrationError(
-            f"{path} does not say of which input it is, because that input held more than text and numbers: delete it."
-        )
-    # Where the scheduler's steps could not be seen there was nothing to probe.
-    probed = probed and len(part.gram) > 0
-    if (facts.calls, facts.boundary, facts.order) != (_as_json([call]), boundary, order) or part.is_measured != probed:
-        raise CalibrationError(
-            f"{path} was measured on another input {number}, or in another way: go on with the same arguments, or "
-            "give another checkpoint."
-        )
-    return part
 
 
 def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | None:

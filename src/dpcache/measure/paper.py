@@ -6,6 +6,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from dpcache.checks import number, whole
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.predictors import taylor_coefficients
 
@@ -46,11 +47,16 @@ def paper_cost(
     Raises:
         ValueError: fewer steps than the order needs, a negative order, or values that are not finite.
     """
+    order = whole("order", order, 0)
+    number("sentinel_alpha", sentinel_alpha)
+    number("anchor_limit", anchor_limit, 0)
     values = torch.as_tensor(features)
+    if values.ndim < 2:
+        raise ValueError(f"features must be [T, ...], steps first, got {list(values.shape)}.")
     values = values.reshape(values.shape[0], -1)
     steps = values.shape[0]
-    if order < 0 or steps <= order:
-        raise ValueError(f"an order-{order} cost needs order >= 0 and more than {order} steps, got {steps}.")
+    if steps <= order or not values.shape[1]:
+        raise ValueError(f"an order-{order} cost needs more than {order} steps of values, got {list(values.shape)}.")
 
     anchors: dict[int, range] = {}
     for j in range(order, steps):

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from dpcache.checks import whole
 from dpcache.errors import UnknownModelError
 
 from .predictors import Taylor
@@ -50,12 +51,12 @@ def builtin_schedule(name: str, num_key_steps: int) -> Schedule:
 
     Raises:
         UnknownModelError: there are none of this name.
-        ValueError: there is none with so many key steps.
+        ValueError: there is none with this many key steps.
     """
-    if name not in builtins():
+    if not isinstance(name, str) or name not in builtins():
         raise UnknownModelError(f"there are no built-in schedules named {name!r}: there are {_known()}.")
     one = builtins()[name]
-    if num_key_steps not in one.plans:
+    if whole("num_key_steps", num_key_steps, 1) not in one.plans:
         raise ValueError(
             f"the built-in schedules of {name} have {min(one.plans)} to {max(one.plans)} key steps, not "
             f"{num_key_steps}: choose one of these, or calibrate the model with dpcache.calibrate(pipe, inputs)."

@@ -9,6 +9,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
+from dpcache.checks import number
+
 from .predictors import Predictor, Taylor
 from .schedule import Schedule
 
@@ -39,7 +41,11 @@ def sampler_cost(
 
     Returns:
         float64 array [T, T+1, T+1] indexed [i, j, k], infinite for i >= j > 0 and k <= j.
+
+    Raises:
+        TypeError, ValueError: shapes that do not fit, or a power that is not above 0.
     """
+    _check(gram, weights, power)
     predictor = predictor or Taylor()
     order = predictor.order
     steps = len(weights)
@@ -66,13 +72,31 @@ def schedule_cost(
     """What a schedule costs with its own coefficients, from the key steps that it really predicts from.
 
     Arguments and unit as in `sampler_cost`, which has to guess the key steps before the last two.
+
+    Raises:
+        TypeError, ValueError: as `sampler_cost`, or a schedule for another number of steps.
     """
+    _check(gram, weights, power)
     steps = len(weights)
+    if schedule.num_inference_steps != steps:
+        raise ValueError(
+            f"the schedule is for {schedule.num_inference_steps} steps, what was measured for {steps}: give one for "
+            f"{steps} steps."
+        )
     total = 0.0
     for key, after in pairwise([*schedule.key_steps, steps]):
         error = hop_error(weights, schedule, key, after)
         total += float((np.maximum(error @ gram @ error, 0) ** (power / 2)).mean())
     return total
+
+
+def _check(gram: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], power: float) -> None:
+    steps = len(weights)
+    if np.shape(weights) != (steps,) or np.ndim(gram) != 3 or gram.shape[1:] != (steps, steps):
+        raise ValueError(
+            f"gram must be [runs, T, T] and weights [T], got {list(np.shape(gram))} and {list(np.shape(weights))}."
+        )
+    number("power", power, 0, above=True)
 
 
 def hop_error(weights: npt.NDArray[np.float64], schedule: Schedule, key: int, after: int) -> npt.NDArray[np.float64]:

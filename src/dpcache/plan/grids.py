@@ -18,7 +18,7 @@ Array = npt.NDArray[np.float64]
 
 FLOW = "flow_prediction"
 """What `NoiseGrid.prediction` says of flow matching, as diffusers does."""
-#: Where noise levels of 0 and of all noise come to lie: that far from them, warping is linear.
+#: Keeps the logarithm finite at no noise and at no signal: within this distance of either, warping is about linear.
 _SOFT = 0.05
 #: Steps over which the part that is not smooth is averaged, to each side.
 _SPREAD = 3
@@ -307,7 +307,7 @@ def _recorded_kind(recorded: NoiseGrid) -> Kind | None:
 
 def _warped(sigmas: Array, prediction: str) -> Array:
     share = sigmas if prediction == FLOW else sigmas / (1 + sigmas)
-    # What no level can be comes to lie far outside.
+    # Impossible levels are mapped far outside.
     return np.asarray(np.log(np.maximum(1 - share + _SOFT, 1e-9) / np.maximum(share + _SOFT, 1e-9)))
 
 

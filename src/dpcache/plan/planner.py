@@ -218,7 +218,10 @@ class _Search:
 
 
 def _validated(cost: npt.ArrayLike) -> Array:
-    table = np.asarray(cost, dtype=np.float64)
+    try:
+        table = np.asarray(cost, dtype=np.float64)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"cost must be an array of numbers, [T, T+1, T+1] ({error}).") from error
     size = table.shape[-1] if table.ndim else 0
     if table.shape not in ((size - 1, size, size), (size, size, size)):
         raise ValueError(f"cost must have shape [T, T+1, T+1] or [T+1, T+1, T+1], got {list(table.shape)}.")

@@ -13,6 +13,8 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from dpcache.checks import number, whole
+
 Coefficients = npt.NDArray[np.float64]
 Steps = Sequence[int] | npt.NDArray[np.integer[Any]]
 
@@ -48,6 +50,9 @@ class Taylor:
     order: int = 2
     name: ClassVar[str] = "taylor"
 
+    def __post_init__(self) -> None:
+        whole("order", self.order, 0)
+
     def coefficients(self, keys: Sequence[int], steps: Steps) -> Coefficients:
         """As `Predictor.coefficients`."""
         differences = backward_differences(keys, self.order)
@@ -72,6 +77,12 @@ class Fitted:
     ridge: float = 1e-5
     name: ClassVar[str] = "fitted"
 
+    def __post_init__(self) -> None:
+        whole("order", self.order, 0)
+        number("ridge", self.ridge, 0)
+        if np.ndim(self.gram) != 2 or len(self.gram) != self.gram.shape[1]:
+            raise ValueError(f"gram must be [T, T], got {list(np.shape(self.gram))}.")
+
     def coefficients(self, keys: Sequence[int], steps: Steps) -> Coefficients:
         """As `Predictor.coefficients`."""
         used = np.asarray(keys)[-(self.order + 1) :]
@@ -91,6 +102,9 @@ def chosen_ridge(grams: Coefficients, order: int, default: float = 1e-5) -> floa
         order: of the predictor.
         default: for a single run, which cannot tell.
     """
+    if np.ndim(grams) != 3 or grams.shape[1] != grams.shape[2]:
+        raise ValueError(f"grams must be [runs, T, T], got {list(np.shape(grams))}.")
+    whole("order", order, 0)
     runs, steps = grams.shape[:2]
     if runs < 2 or steps <= _REACH * (order + 1):
         return default
@@ -126,9 +140,8 @@ def backward_differences(keys: Sequence[int], order: int) -> Coefficients:
     Raises:
         ValueError: no keys, keys not strictly increasing, or a negative order.
     """
-    if order < 0:
-        raise ValueError(f"order must be 0 or more, got {order}.")
-    if not keys or any(b <= a for a, b in pairwise(keys)):
+    whole("order", order, 0)
+    if not len(keys) or any(b <= a for a, b in pairwise(keys)):
         raise ValueError(f"keys must be one or more strictly increasing steps, got {list(keys)}.")
     used = list(keys)[-(order + 1) :]
     gaps = np.diff(np.asarray(used, dtype=np.float64))

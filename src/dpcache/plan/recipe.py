@@ -43,7 +43,7 @@ class Recipe:
             the paper's method do.
 
     Raises:
-        TypeError: a field that there is none of, or a value of the wrong type.
+        TypeError: an unknown field, or a value of the wrong type.
         ValueError: an unknown name or a number out of range.
     """
 
@@ -111,3 +111,9 @@ class Recipe:
 
 #: In the order in which they may be given without a name.
 RECIPE_FIELDS = tuple(field.name for field in fields(Recipe))
+
+
+def require_recipe(recipe: object) -> None:
+    """Raises TypeError where something else than a Recipe was given."""
+    if not isinstance(recipe, Recipe):
+        raise TypeError(f'recipe must be a dpcache.Recipe, like Recipe(method="paper"), got {recipe!r}.')

@@ -2,14 +2,16 @@
 
 import hashlib
 import json
+import operator
 import os
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from dpcache.checks import one_of, whole
 from dpcache.errors import FileFormatError
 from dpcache.files.cards import Rows, fact_rows
 from dpcache.files.hub import HubFile
@@ -107,17 +109,20 @@ class Schedule(HubFile, BaseModel):
             key_steps: increasing, the first is 0.
             num_inference_steps: T, more than the last key step.
             order: order of the Taylor prediction; grows from 0 as key steps arrive.
-            predictor: what predicts instead of Taylor; `order` is of no account then.
+            predictor: what predicts instead of Taylor; `order` is not used then.
             boundary: what is cached, `"blocks"` or `"output"`.
             model: the model it is for; None lets it run on any.
             cost: kept in the schedule, for people.
             source: kept in the schedule, for people.
 
         Raises:
-            ValueError: key steps not increasing from 0, or beyond the last step.
+            TypeError: key steps, steps or order that are not whole numbers.
+            ValueError: key steps not increasing from 0, or beyond the last step; or an unknown boundary.
         """
-        keys = tuple(key_steps)
+        num_inference_steps = whole("num_inference_steps", num_inference_steps, 1)
+        keys = _whole_key_steps(key_steps)
         _check_key_steps(keys, num_inference_steps)
+        one_of("boundary", boundary, get_args(Boundary))
         predictor = predictor or Taylor(order)
         predictions = {}
         for step in sorted(set(range(num_inference_steps)) - set(keys)):
@@ -145,8 +150,8 @@ class Schedule(HubFile, BaseModel):
 
         Key n falls on floor(n T / K). `more` goes to `from_key_steps`.
         """
-        if not 1 <= num_key_steps <= num_inference_steps:
-            raise ValueError(f"num_key_steps must be from 1 to {num_inference_steps}, got {num_key_steps}.")
+        num_inference_steps = whole("num_inference_steps", num_inference_steps, 1)
+        num_key_steps = whole("num_key_steps", num_key_steps, 1, num_inference_steps)
         keys = [n * num_inference_steps // num_key_steps for n in range(num_key_steps)]
         return cls.from_key_steps(keys, num_inference_steps, order=order, source="uniform interval", **more)
 
@@ -160,7 +165,7 @@ class Schedule(HubFile, BaseModel):
 
         Raises:
             UnknownModelError: there are none of this name.
-            ValueError: there is none with so many key steps.
+            ValueError: there is none with this many key steps.
         """
         from .builtin import builtin_schedule
 
@@ -181,8 +186,11 @@ class Schedule(HubFile, BaseModel):
 
         Args:
             start: the first step left, 0 to T - 1.
+
+        Raises:
+            TypeError, ValueError: it is none of these.
         """
-        if start == 0:
+        if whole("start", start, 0, self.num_inference_steps - 1) == 0:
             return self
         row = next((n for n, key in enumerate(self.key_steps) if key != n), len(self.key_steps))
         left = self.num_inference_steps - start
@@ -317,6 +325,13 @@ class Schedule(HubFile, BaseModel):
     def __str__(self) -> str:
         steps = ", ".join(str(step) for step in self.key_steps)
         return f"{len(self.key_steps)} of {self.num_inference_steps} steps in full ({steps})"
+
+
+def _whole_key_steps(key_steps: Sequence[int]) -> tuple[int, ...]:
+    try:
+        return tuple(operator.index(step) for step in key_steps)
+    except TypeError:
+        raise TypeError(f"key_steps must be whole numbers, like [0, 3, 7], got {key_steps!r}.") from None
 
 
 def _check_key_steps(keys: tuple[int, ...], num_steps: int) -> None:

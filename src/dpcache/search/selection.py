@@ -15,12 +15,15 @@ from typing import Any
 import numpy as np
 from tqdm.auto import tqdm
 
+from dpcache.checks import whole
 from dpcache.errors import CalibrationError, InfeasibleBudgetError
 from dpcache.files.journal import Journal, digest
+from dpcache.measure.arguments import checked_calls, checked_seed
 from dpcache.measure.calibration import Calibration
 from dpcache.measure.fingerprint import fingerprint
 from dpcache.measure.measuring import TRIAL_SEED, calibrate
 from dpcache.measure.trials import Trial, average_error
+from dpcache.plan.planner import checked_budget
 from dpcache.plan.recipe import PredictorName, Recipe
 from dpcache.plan.schedule import Boundary, Schedule
 from dpcache.run.inputs import Input, call_arguments, seeded
@@ -81,8 +84,11 @@ def optimize(
     Raises:
         CalibrationError, UnsupportedPipelineError, CacheStateError: as `calibrate`.
         InfeasibleBudgetError: no schedule has that many key steps.
+        TypeError, ValueError: as `calibrate` and `select`.
     """
     call_arguments(inputs, {})  # says what is wrong with them, if anything is
+    checked_budget(num_key_steps, whole("num_inference_steps", num_inference_steps, 1))
+    _check(num_trials, tune, seed)
     fitted = math.ceil(FITTED_SHARE * len(inputs))
     calibration = calibrate(
         pipeline,
@@ -160,16 +166,22 @@ def select(
         FileFormatError: the checkpoint is of another search.
         InfeasibleBudgetError: no schedule has that many key steps.
         CacheStateError, UnsupportedPipelineError: as `calibrate`.
+        TypeError, ValueError: an argument of the wrong type or out of range, or one that the pipeline does not take.
     """
     require_disabled(pipeline)
+    _check(num_trials, tune, seed)
+    if not isinstance(calibration, Calibration):
+        raise TypeError(f"select plans from a dpcache.Calibration, got {type(calibration).__name__}.")
+    if not all(isinstance(recipe, Recipe) for recipe in recipes):
+        raise TypeError(f"recipes must be dpcache.Recipe, got {recipes!r}.")
     candidates = _candidates(calibration, num_key_steps, recipes)
     defaults = {
         "num_inference_steps": calibration.facts.num_inference_steps,
         "output_type": "latent",
         **arguments,
     }
-    judging = call_arguments(_known(inputs, calibration), defaults)
-    fitting = call_arguments(_known(fitting_inputs, calibration), defaults)
+    judging = checked_calls(pipeline, _known(inputs, calibration), defaults)
+    fitting = checked_calls(pipeline, _known(fitting_inputs, calibration), defaults)
     journal = Journal(
         checkpoint, _about(pipeline, calibration, judging, fitting, seed) if checkpoint is not None else {}
     )
@@ -189,6 +201,12 @@ def select(
         bar.total = bar.n  # most of what a journal knows, or nothing improves on, is not run
     source = f"best of {len(candidates)} plans in {len(search.judging)} trials{best.tuned}: {best.recipe}"
     return best.schedule.model_copy(update={"error": best.average(), "expected_error": None, "source": source})
+
+
+def _check(num_trials: int, tune: int, seed: int) -> None:
+    whole("num_trials", num_trials, 1)
+    whole("tune", tune, 0)
+    checked_seed(seed)
 
 
 def _about(pipeline: Any, calibration: Calibration, judging: Any, fitting: Any, seed: int) -> dict[str, Any]:
@@ -282,7 +300,7 @@ def _known(inputs: Sequence[Input] | None, calibration: Calibration) -> Sequence
         return inputs
     if calibration.facts.calls is None:
         raise CalibrationError(
-            "this calibration does not know its inputs, for there was more among them than text and numbers: pass "
+            "this calibration does not know its inputs, because they hold more than text and numbers: pass "
             "some, select(pipe, calibration, num_key_steps, inputs=[...], fitting_inputs=[...])."
         )
     return calibration.facts.calls

@@ -33,9 +33,9 @@ def read_inputs(
     count: int,
     seed: int | None = None,
 ) -> list[Any]:
-    """Prompts from the command line and a file, or so many of the bundled model's own.
+    """Prompts from the command line and a file; without any, the first `count` of the bundled model's own.
 
-    Lines of JSON bring their noise along where a seed is given; else all of it comes from the command's own.
+    Given a seed, lines of JSON bring their own noise; else all noise comes from the command's seed.
 
     Raises:
         PromptError: a line of JSON cannot be used.

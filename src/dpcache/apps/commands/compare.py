@@ -45,6 +45,8 @@ def compare(
 ) -> None:
     """Draws prompts in full and with each schedule, from the same noise, and prints how they differ.
 
+    After Ctrl-C the table and the report are of the inputs that were drawn by then.
+
     --json: model, num_inference_steps, num_inputs, report, and comparisons, a list, one for each schedule: schedule and
     calibration (the one given, or null), num_key_steps, key_steps, ideal_speedup (T / K), speedup (of median times),
     full_seconds and cached_seconds (medians), full_block_runs and cached_block_runs (null where not known), psnr_mean,
@@ -70,26 +72,34 @@ def compare(
         call = {**arguments, "num_inference_steps": steps}
         fixed += _planned(pipeline, calibration, measured, num_key_steps or [], inputs[0], call, seed)
 
-    from dpcache.judge.comparison import compare_all
+    from dpcache.judge.comparison import ComparisonInterrupted, compare_all
 
     sources = [source for source, _ in fixed]
     terminal.note(f"drawing {terminal.counted(len(inputs), 'input')} in full and with {', '.join(map(str, sources))}")
-    comparisons = compare_all(
-        pipeline, [found for _, found in fixed], inputs, seeds=seed, progress=terminal.progress(), **arguments
-    )
+    interrupted = None
+    try:
+        comparisons = compare_all(
+            pipeline, [found for _, found in fixed], inputs, seeds=seed, progress=terminal.progress(), **arguments
+        )
+    except ComparisonInterrupted as interrupt:
+        interrupted, comparisons = interrupt, interrupt.comparisons
+    done = len(comparisons[0].full_seconds)
     if report is not None:
         write_report(report, title=f"dpcache on {model}", model=model, comparisons=comparisons)
     terminal.result(
         {
             "model": model,
             "num_inference_steps": steps,
-            "num_inputs": len(inputs),
+            "num_inputs": done,
             "report": str(report) if report is not None else None,
             "comparisons": document(sources, comparisons),
         },
         table(sources, comparisons),
         *([f"wrote {report}"] if report is not None else []),
     )
+    if interrupted is not None:
+        what = "the table and the report are" if report is not None else "the table is"
+        raise KeyboardInterrupt(f"interrupted: {what} of {done} of {len(inputs)} inputs.") from interrupted
 
 
 def document(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> list[dict[str, Any]]:

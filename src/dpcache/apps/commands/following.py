@@ -123,7 +123,7 @@ def computed_steps(pipeline: Any) -> tuple[int, ...] | None:
 def planned(pipeline: Any, plans: "Sequence[Plans]", boundary: "Boundary", call: dict[str, Any]) -> "list[Schedule]":
     """The schedules that `dpcache.enable` would follow in such a call, one for each of the plans.
 
-    The call is begun to find out, for its noise levels are known after its first step.
+    It begins the call to find out, because the noise levels are known only after the first step.
 
     Raises:
         CalibrationError, GridError, InfeasibleBudgetError: as `dpcache.enable`.

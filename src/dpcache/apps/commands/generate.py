@@ -1,7 +1,6 @@
 """`dpcache generate`."""
 
 import inspect
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -11,7 +10,8 @@ from dpcache.files.prompts import JSON_LINES
 
 from . import terminal
 from .arguments import check_name, load, read_inputs, read_settings
-from .following import Source, computed_steps, follow, num_steps, read_calibration, read_schedule
+from .drawing import draw
+from .following import Source, follow, num_steps, read_calibration, read_schedule
 from .generate_ray import generate_on_ray
 from .options import SCHEDULE_HELP, CalibrationName, Model, Output, PromptFile, Prompts, Seed, Settings
 from .outputs import check_file, check_folder
@@ -64,11 +64,12 @@ def generate(
 ) -> None:
     """Draws prompts, in full, with a schedule, or with what a calibration plans for the number of steps at hand.
 
-    Several pictures are numbered: image-0.png, image-1.png, ... Their suffix makes them PNG, JPEG, WebP or GIF.
+    Several pictures are numbered: image-0.png, image-1.png, ... Their suffix makes them PNG, JPEG, WebP or GIF. A PNG
+    file is kept that was drawn before by the same model, with the same prompt, seed, settings and schedule.
 
     --json: model, schedule, calibration (the one given, or null), num_inference_steps, and pictures, a list of file,
-    input, seed, seconds, and computed_steps (null where all were). With --ray: model, schedule, output, index (the
-    file that tells what became of each prompt), num_prompts and num_pictures.
+    input, seed, seconds, computed_steps (null where all were), and kept (whether it was there already). With --ray:
+    model, schedule, output, index (the file that tells what became of each prompt), num_prompts and num_pictures.
     """
     if ray is not None:
         if calibration is not None or num_key_steps is not None:
@@ -107,7 +108,8 @@ def generate(
         source, plan = followed
         follow(pipeline, source, plan, **how)
     arguments["num_inference_steps"] = steps or (num_steps(followed[1]) if followed is not None else 50)
-    pictures = _draw(pipeline, inputs, {"output_type": "np", **arguments}, output, seed)
+    told = _told_apart(followed, adaptive, on_drift)
+    pictures = draw(pipeline, inputs, {"output_type": "np", **arguments}, output, seed=seed, model=model, followed=told)
     terminal.result(
         {
             "model": model,
@@ -115,7 +117,12 @@ def generate(
             "num_inference_steps": arguments["num_inference_steps"],
             "pictures": pictures,
         },
-        *(f"wrote {picture['file']} ({picture['seconds']:.2f} s)" for picture in pictures),
+        *(
+            f"kept {picture['file']}, drawn before"
+            if picture["kept"]
+            else f"wrote {picture['file']} ({picture['seconds']:.2f} s)"
+            for picture in pictures
+        ),
     )
 
 
@@ -146,35 +153,14 @@ def _for_ray(model: str, prompts: list[str] | None, file: Path | None, output: P
     return read_inputs(model, prompts, file, held_out=True, count=1)
 
 
-def _draw(pipeline: Any, inputs: list[Any], arguments: dict[str, Any], output: Path, seed: int) -> list[dict[str, Any]]:
-    """Draws and writes every input; what JSON says of each picture."""
-    from tqdm.auto import tqdm
+def _told_apart(followed: "tuple[Source, Schedule | Calibration] | None", adaptive: bool, on_drift: str | None) -> Any:
+    """What of a schedule or calibration a picture depends on."""
+    from dpcache.integrations.folder import told_apart
+    from dpcache.plan.schedule import Schedule
 
-    from dpcache.files.pictures import save_picture
-    from dpcache.run.inputs import call_arguments, label, seeded
-
-    calls = call_arguments(inputs, arguments)
-    pipeline.set_progress_bar_config(disable=not terminal.progress(), leave=len(calls) == 1)
-    written: list[dict[str, Any]] = []
-    bar = tqdm(calls, desc="generate", unit="call", disable=not terminal.progress() or len(calls) == 1)
-    try:
-        for number, call in enumerate(bar):
-            start = time.perf_counter()
-            pictures = pipeline(**seeded(pipeline, call, seed + number))[0]
-            seconds = time.perf_counter() - start
-            for picture in pictures:
-                many = len(calls) * len(pictures) > 1
-                path = output.with_stem(f"{output.stem}-{len(written)}") if many else output
-                save_picture(path, picture)
-                written.append(
-                    {
-                        "file": str(path),
-                        "input": label(pipeline, call),
-                        "seed": call["generator"].initial_seed() if "generator" in call else seed + number,
-                        "seconds": seconds,
-                        "computed_steps": computed_steps(pipeline),
-                    }
-                )
-    except KeyboardInterrupt as interrupt:
-        raise KeyboardInterrupt(f"interrupted: {terminal.counted(len(written), 'picture')} written.") from interrupt
-    return written
+    if followed is None:
+        return None
+    source, found = followed
+    if isinstance(found, Schedule):
+        return told_apart(found)
+    return [found.facts.model_dump(mode="json"), found.gram, source.num_key_steps, adaptive, on_drift]

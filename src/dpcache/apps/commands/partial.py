@@ -27,7 +27,7 @@ def kept(output: Path, checkpoint: Path | None, about: Mapping[str, Any], *, res
         output: what the command writes in the end. The folder is beside it, and goes when this block is left in peace.
         checkpoint: another folder instead, which stays.
         about: what the measurements depend on, by a name that the user knows.
-        restart: begin anew, whatever is there.
+        restart: start over, whatever is there.
 
     Raises:
         CalibrationError: the folder holds what was measured on something else.

@@ -151,7 +151,7 @@ def _show_calibration(name: str, calibration: "Calibration", chosen: int | None)
 
 
 def _errors(calibration: "Calibration", plans: "dict[int, Plan]") -> dict[int, float]:
-    """What each plan is expected to err by; nothing where no schedules were tried."""
+    """The expected error of each plan; empty where no schedules were tried."""
     if not len(calibration.tried):
         return {}
     return {k: calibration.expected_error(calibration.schedule(plan.key_steps)) for k, plan in plans.items()}
