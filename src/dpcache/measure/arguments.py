@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from typing import Any
 
 from dpcache.checks import whole
-from dpcache.run.inputs import Input, call_arguments
+from dpcache.run.inputs import Input, as_taken, call_arguments
 
 
 def checked_calls(pipeline: Any, inputs: Sequence[Input], defaults: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -22,7 +22,7 @@ def checked_calls(pipeline: Any, inputs: Sequence[Input], defaults: Mapping[str,
         return calls
     known = [name for name in taken if name != "self"]
     for number, call in enumerate(calls):
-        for name in call:
+        for name in as_taken(pipeline, call):
             if name not in known:
                 close = get_close_matches(name, known)
                 remedy = f"did you mean {' or '.join(close)}?" if close else f"it takes {', '.join(known)}."

@@ -234,8 +234,8 @@ def from_run(
     if steps <= order:
         raise CalibrationError(
             f"the loop took {steps} step{'s' if steps > 1 else ''}, but predictions of order {order} are made from "
-            f"{order + 1} steps and more: take more steps (or, beginning with a picture, a larger strength), or calibrate "
-            "with a lower order."
+            f"{order + 1} steps and more: take more steps (or, where it begins with a picture, a larger "
+            "strength), or calibrate with a lower order."
         )
     costs = _paper_costs(run, order, device)
     gram = run.gram()

@@ -44,7 +44,7 @@ def seeded(pipeline: Any, arguments: Mapping[str, Any], seed: int) -> dict[str, 
     A generator that the arguments bring along is copied in the state it is in. A pipeline of one's own may call the
     number of steps otherwise, or have no `output_type`.
     """
-    arguments = _as_taken(pipeline, arguments)
+    arguments = as_taken(pipeline, arguments)
     generator = arguments.get("generator")
     if generator is None:
         return {**arguments, **noise_of(seed)} if accepts(pipeline, "generator") else arguments
@@ -143,7 +143,8 @@ def quiet(pipeline: Any) -> Iterator[None]:
                 bar._progress_bar_config = config
 
 
-def _as_taken(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def as_taken(pipeline: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with the number of steps as this pipeline calls it, and without an `output_type` it has not."""
     taken = dict(arguments)
     for name, others in (("num_inference_steps", _STEPS), ("output_type", ())):
         if name in taken and not accepts(pipeline, name) and not _accepts_anything(pipeline):

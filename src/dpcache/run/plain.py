@@ -72,15 +72,16 @@ class PlainLoop:
 
         Nothing is read from the device then to find out where the loop is.
         """
-        self._is_told = True
-        self.scope.fresh = True
-        for number, item in enumerate(iterable):
-            if number and self.scope.loop is not None:
-                self.scope.loop.advance()
-            yield item
-        if self.scope.loop is not None:
-            self.scope.loop.close()
-        self._is_told = False
+        self._is_told = self.scope.fresh = True
+        try:
+            for number, item in enumerate(iterable):
+                if number and self.scope.loop is not None:
+                    self.scope.loop.advance()
+                yield item
+        finally:
+            if self.scope.loop is not None:
+                self.scope.loop.close()
+            self._is_told, self._seen = False, []
 
     @property
     def timesteps(self) -> list[float]:
