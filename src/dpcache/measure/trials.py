@@ -11,7 +11,7 @@ from dpcache.plan.schedule import Schedule
 from dpcache.run.boundary import Forms
 from dpcache.run.entry import entered
 from dpcache.run.follower import Follower, Following
-from dpcache.run.inputs import drawn, quiet, seeded
+from dpcache.run.inputs import as_numbers, quiet, seeded
 from dpcache.run.loop import Branch, Call, Moved
 from dpcache.run.packing import take_apart
 from dpcache.run.pipelines import enabled
@@ -78,8 +78,7 @@ class Trial:
 
     def _run(self) -> Array:
         with quiet(self.pipeline):
-            output = drawn(self.pipeline(**seeded(self.pipeline, self.arguments, 0)))
-        return np.asarray(torch.as_tensor(output).to("cpu", torch.float64)).reshape(-1)
+            return as_numbers(self.pipeline(**seeded(self.pipeline, self.arguments, 0)))
 
 
 class _Rerun:

@@ -1,5 +1,6 @@
 """What a pipeline calls at every step: its denoisers, their blocks, and which model they are."""
 
+import functools
 import hashlib
 import inspect
 import json
@@ -174,11 +175,15 @@ def _stack(denoiser: nn.Module, attribute: str, name: str) -> list[nn.Module]:
 
 def _block(module: nn.Module, returns: tuple[str, ...], attribute: str, name: str) -> Block:
     module = unwrapped(module)
-    forward: Callable[..., Any] = type(module).forward
-    parameters = tuple(inspect.signature(forward).parameters)[1:]
+    parameters = _parameters(type(module).forward)
     if not set(returns) <= set(parameters):
         raise _misdescribed(name, f"the blocks in `{attribute}` take {', '.join(parameters)}, not {', '.join(returns)}")
     return Block(module, returns, parameters)
+
+
+@functools.cache
+def _parameters(forward: Callable[..., Any]) -> tuple[str, ...]:
+    return tuple(inspect.signature(forward).parameters)[1:]
 
 
 def _misdescribed(name: str, fault: str) -> UnsupportedPipelineError:

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from dpcache.errors import CalibrationError, UnsupportedPipelineError
@@ -101,6 +102,14 @@ def drawn(returned: Any) -> Any:
         f"the pipeline returned a {type(returned).__name__}, in which there is neither of {', '.join(_DRAWN)}: have it "
         "return what it has drawn, or a tuple that begins with it."
     )
+
+
+def as_numbers(returned: Any) -> npt.NDArray[np.float64]:
+    """What a call has drawn as float64 [D], whatever its form."""
+    found = drawn(returned)
+    if isinstance(found, list | tuple):
+        found = np.stack([np.asarray(one) for one in found])
+    return np.asarray(torch.as_tensor(found).to("cpu", torch.float64)).reshape(-1)
 
 
 def as_pictures(returned: Any) -> np.ndarray:
