@@ -10,6 +10,7 @@ from diffusers import FluxControlNetPipeline, FluxPipeline
 from peft import LoraConfig, get_peft_model_state_dict
 
 import dpcache
+from dpcache.run.loop import Loop
 from tests.pipelines import test_table as table
 from tests.pipelines.every import SMALL
 from tests.pipelines.small import STEPS, make, noise, size
@@ -79,7 +80,7 @@ def test_lora_comes_and_goes_while_enabled(lora: Path) -> None:
 
 @pytest.mark.parametrize("boundary", FLUX.boundaries)
 def test_controlnet(boundary: str) -> None:
-    """It runs at every step; what it adds after the last block is added to the predicted value as to the computed."""
+    """Nothing reads it at skipped steps of "output"; at "blocks" what it adds after the last block counts there."""
     pipe, arguments = FLUX.build()
     controlnet = make(
         "FluxControlNetModel",
@@ -106,10 +107,15 @@ def test_controlnet(boundary: str) -> None:
         table.test_4_blocks_run_once_per_key_step_and_branch,
     ):
         invariant(subject)
+    layer = controlnet.transformer_blocks[0].norm1
     with table.Spy() as spy, dpcache.enabled(controlled, subject.schedule()):
-        runs = spy.count(controlnet)
-        subject.draw()
-    assert runs == [STEPS]  # for both branches of a step
+        runs = spy.count(layer)
+        cached = subject.draw()
+    assert runs == [STEPS if boundary == "blocks" else len(FLUX.keys)]  # for both branches of a step
+    # Run at every step all the same, it gives the same bits.
+    with pytest.MonkeyPatch.context() as patch, dpcache.enabled(controlled, subject.schedule()):
+        patch.setattr(Loop, "skips", lambda self: False)
+        assert same(subject.draw(), cached)
 
 
 def image_projection(width: int) -> dict[str, torch.Tensor]:

@@ -92,7 +92,7 @@ def test_schedulers(small: str, name: str) -> None:
     every = dpcache.Schedule.from_key_steps(range(taken), taken, boundary=boundary)
     with dpcache.enabled(pipe, every):
         assert torch.equal(call(pipe, arguments), plain)
-    planned = calibration.plan(5, first_key_steps=2)
+    planned = calibration.plan(5, recipe=dpcache.Recipe(first_key_steps=2))
     with dpcache.enabled(pipe, planned), Runs(layer) as runs:
         cached = call(pipe, arguments)
         assert runs.count == 5
@@ -144,7 +144,7 @@ def test_a_grid_of_ones_own(given: str) -> None:
     arguments = {**arguments, given: grid, "num_inference_steps": len(grid)}
     calibration = dpcache.calibrate(pipe, [arguments], boundary=boundary, order=1, progress=False)
     assert len(calibration.facts.timesteps) == 6
-    planned = calibration.plan(4, first_key_steps=2)
+    planned = calibration.plan(4, recipe=dpcache.Recipe(first_key_steps=2))
     with dpcache.enabled(pipe, planned):
         call(pipe, arguments)
         assert dpcache.stats(pipe).computed_steps == planned.key_steps

@@ -47,7 +47,7 @@ def test_two_transformers_are_calibrated_as_one_trajectory() -> None:
     run = record(pipe, {**call, "generator": torch.Generator().manual_seed(0)})
     assert {branch.denoiser: len(steps) for branch, steps in run.values.items()} == {0: 4, 1: 4}
     calibration = dpcache.calibrate(pipe, [call], num_inference_steps=STEPS, order=1, progress=False)
-    planned = calibration.plan(4, first_key_steps=2)
+    planned = calibration.plan(4, recipe=dpcache.Recipe(first_key_steps=2))
     with dpcache.enabled(pipe, planned):
         draw(pipe, arguments)
     pipe.transformer_2.register_to_config(eps=1e-5)

@@ -30,9 +30,26 @@ _OTHER_STEPS = {
     "undo_step": "goes back to noisier steps again and again",
     "step_correct": "corrects its steps by further calls of the denoiser at noise levels of their own",
 }
-#: How the class names of pipelines begin that have no step of the whole: every frame has its own, on a copy of the
-#: scheduler.
-_FRAME_BY_FRAME = ("SkyReelsV2DiffusionForcing",)
+#: How the class names of pipelines begin whose loop has no step of the whole to skip, why, and what to use instead.
+_IMPOSSIBLE = {
+    "SkyReelsV2DiffusionForcing": (
+        "steps every frame by itself, with copies of its scheduler, so there is no step of the whole to skip",
+        "SkyReelsV2Pipeline",
+    ),
+    "TextToVideoZero": (
+        "takes its frames through parts of the loop several times, with copies of its scheduler",
+        "AnimateDiffPipeline",
+    ),
+    "StableDiffusionParadigms": (
+        "takes many steps at once, again and again until they agree",
+        "StableDiffusionPipeline",
+    ),
+    "StableDiffusionSAG": ("reads attention inside its UNet at every step", "StableDiffusionPAGPipeline"),
+    "StableDiffusionAttendAndExcite": (
+        "reads attention and gradients inside its UNet at every step",
+        "StableDiffusionPipeline",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -97,11 +114,11 @@ def find_denoisers(pipeline: Any) -> list[nn.Module]:
             f"{' or '.join(f'`.{name}`' for name in _DENOISER_ATTRIBUTES)} and a scheduler with `set_timesteps` and "
             "`step`. Pass a diffusers pipeline, for example FluxPipeline."
         )
-    if type(pipeline).__name__.startswith(_FRAME_BY_FRAME):
-        raise UnsupportedPipelineError(
-            f"{type(pipeline).__name__} steps every frame by itself, with copies of its scheduler, so there is no step "
-            "of the whole to skip. Use a pipeline that denoises all frames together, for example SkyReelsV2Pipeline."
-        )
+    for name, (reason, other) in _IMPOSSIBLE.items():
+        if type(pipeline).__name__.startswith(name):
+            raise UnsupportedPipelineError(
+                f"{type(pipeline).__name__} cannot be followed: it {reason}. Use another, for example {other}."
+            )
     return list(dict.fromkeys(unwrapped(module) for module in found))
 
 

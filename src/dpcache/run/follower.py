@@ -2,7 +2,7 @@
 
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -109,7 +109,7 @@ class Following:
         # Read now, while the device has nothing to do, what is compared after the first step.
         knows = self._plans is not None or self.schedule.sigmas is not None
         levels = noise_levels(scheduler) if knows and getattr(scheduler, "timesteps", None) is not None else None
-        return self._begun(Follower(self, levels, tell, vars(pipeline).get("_num_timesteps")))
+        return self._begun(Follower(self, levels, tell, _steps_told(pipeline)))
 
     def begin_at(self, levels: Sequence[float] | None, tell: Told) -> "Follower":
         """A loop of one's own begins, with these noise levels if they are known."""
@@ -201,11 +201,14 @@ class Follower:
         following: what it was told.
         levels: the sampler's noise levels, where they are known.
         tell: warns, each text once.
-        num_steps: how many steps the pipeline says it takes. Some leave out the last one of the grid.
+        steps_told: how many steps the pipeline, or one it is made of, says it takes. Some leave out the last of the
+            grid.
     """
 
-    def __init__(self, following: Following, levels: Sequence[float] | None, tell: Told, num_steps: Any = None) -> None:
-        self._following, self._levels, self._tell, self._num_steps = following, levels, tell, num_steps
+    def __init__(
+        self, following: Following, levels: Sequence[float] | None, tell: Told, steps_told: Collection[int] = ()
+    ) -> None:
+        self._following, self._levels, self._tell, self._steps_told = following, levels, tell, steps_told
         self.comparison: Comparison | None = None
         self.generation = Generation(None, offload=following.offload)
 
@@ -220,7 +223,8 @@ class Follower:
 
     def located(self, scheduler: Any, size: int, start: int) -> None:
         """Where on the sampler's grid the loop runs is known."""
-        size -= self._num_steps == size - start - 1
+        if size - start not in self._steps_told and size - start - 1 in self._steps_told:
+            size -= 1
         found = self._following.part(scheduler, self._levels, size, start, self._tell)
         if found is None:
             self.generation.abandon()
@@ -247,6 +251,11 @@ class Follower:
         self._following.ended(self)
         if self.comparison is not None and (warning := self.comparison.warning()) is not None:
             self._tell(warning, "drift")
+
+
+def _steps_told(pipeline: Any) -> list[int]:
+    told = [getattr(one, "__dict__", {}).get("_num_timesteps") for one in (pipeline, *vars(pipeline).values())]
+    return [steps for steps in told if isinstance(steps, int)]
 
 
 def _shown(levels: Sequence[float]) -> str:
