@@ -34,10 +34,10 @@ if TYPE_CHECKING:
     from .plan.planner import Plan, plan, plan_all
     from .plan.recipe import Recipe
     from .plan.schedule import Schedule
-    from .run.follower import Stats
     from .run.layouts import register_denoiser
     from .run.pipelines import disable, enable, enabled, stats
     from .run.plain import following
+    from .run.stats import Stats
     from .search.selection import optimize, select
     from .zoo import load_pipeline
 
@@ -63,7 +63,7 @@ _HOME = {
     "Sample": "judge.comparison",
     "Schedule": "plan.schedule",
     "ScheduleMismatchError": "errors",
-    "Stats": "run.follower",
+    "Stats": "run.stats",
     "UnknownModelError": "errors",
     "UnsupportedPipelineError": "errors",
     "calibrate": "measure.measuring",

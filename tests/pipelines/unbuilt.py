@@ -15,8 +15,8 @@ REFUSED = {
     "RePaintPipeline": "its loop goes back to noisier steps again and again",
 }
 
-#: Their samples are tokens, which their scheduler does not move by multiples of what it is given: the sampler's cost cannot
-#: be measured, and the message says to plan by the paper's.
+#: Their samples are tokens, which no scheduler moves by multiples of what it is given. The sampler's cost cannot be
+#: measured; the message says to plan by the paper's.
 PLANNED_BY_THE_PAPER = ("AmusedPipeline", "AmusedImg2ImgPipeline", "AmusedInpaintPipeline")
 
 _NO_LOOP = "no sampling loop: one call of a network"

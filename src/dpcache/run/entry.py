@@ -4,15 +4,12 @@ Nothing is patched on a class, and nothing is kept anywhere but on the instance:
 entry along, and the entry takes its hooks off whatever lives on.
 """
 
-import functools
 import inspect
 import sys
 import threading
 import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
 from typing import Any, Protocol
 
 from torch import nn
@@ -22,8 +19,10 @@ from dpcache.plan.schedule import Boundary
 
 from . import scope as scopes
 from .caches import other_cache, replaced_forward
+from .classes import followed
 from .denoisers import find_denoisers
-from .hooks import is_heard, listen, lock_of
+from .ears import Ears
+from .hooks import lock_of
 from .loop import Loop, Observer
 from .placement import ENTRY, Placement
 from .scope import Scope, Told
@@ -62,13 +61,13 @@ class Entry:
         self._lock = threading.RLock()
         self._open = 0
         self._placed: list[weakref.ref[Placement]] = []
-        self._heard: list[tuple[Any, Callable[[], None]]] = []
+        self.ears = Ears(self.key)
         self.is_closed = False
         try:
             find_denoisers(pipeline)
             self._owner = weakref.ref(pipeline)
             self._settle(pipeline)
-            kind = _followed(type(pipeline))
+            kind = followed(type(pipeline))
             vars(pipeline)[ENTRY] = self
             pipeline.__class__ = kind
         except BaseException:
@@ -83,7 +82,7 @@ class Entry:
             for placement in self._placements():
                 placement.remove()
             self._placed.clear()
-            self._unhear(None)
+            self.ears.leave()
 
     def __del__(self) -> None:
         if not sys.is_finalizing():
@@ -93,13 +92,6 @@ class Entry:
     def is_busy(self) -> bool:
         """Whether a call is under way, in whatever thread."""
         return self._open > 0
-
-    def hear_new_scheduler(self, pipeline: Any) -> None:
-        """The pipeline got another scheduler: inside a call it is listened to at once, until the call ends."""
-        scope = scopes.current(self.key)
-        if scope is not None and hasattr(pipeline.scheduler, "step") and not self._is_heard(pipeline.scheduler):
-            for leave in self._hear(pipeline.scheduler):
-                scope.on_close(leave)
 
     def leave(self, pipeline: Any) -> None:
         """Makes a pipeline what it was: a shallow copy alone, or the one that was entered with all its copies."""
@@ -121,7 +113,7 @@ class Entry:
             with nullcontext() if scopes.is_any_open() else scopes.outside():
                 return plain(*args, **kwargs)
         scope = Scope(self.key, lambda: self._begin(pipeline, scope))
-        args, kwargs = self._with_callbacks(pipeline, args, kwargs)
+        args, kwargs = scopes.around_callbacks(pipeline, self.key, args, kwargs)
         result = None
         try:
             # A scheduler counts its own steps, so two calls cannot use it at a time.
@@ -139,7 +131,7 @@ class Entry:
 
     def _begin(self, pipeline: Any, scope: Scope) -> Loop:
         """A sampling loop begins, with the scheduler that the pipeline has by now."""
-        self.hear_new_scheduler(pipeline)
+        self.ears.turn_to(pipeline.scheduler)
         return Loop(self.watcher.begin(pipeline, self.tell), pipeline.scheduler)
 
     def _end(self, scope: Scope) -> None:
@@ -198,18 +190,6 @@ class Entry:
                 f"these calls were computed in full. {remedy}"
             )
 
-    def _with_callbacks(self, pipeline: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """The arguments of a call, with the user's callbacks kept out of the scope."""
-        if any(inspect.isroutine(value) for value in args):
-            bound = inspect.signature(type(pipeline).__call__).bind(pipeline, *args, **kwargs)
-            args, kwargs = (), {**bound.kwargs, **dict(list(bound.arguments.items())[1:])}
-        around = {
-            name: scopes.around_callback(value, self.key)
-            for name, value in kwargs.items()
-            if "callback" in name and callable(value)
-        }
-        return args, {**kwargs, **around}
-
     # ---------------------------------------------------------------------------------------------- hooks and taps
 
     def _placements(self) -> list[Placement]:
@@ -249,99 +229,7 @@ class Entry:
             for placement in known.values():
                 placement.remove()
             self._placed = [ref for ref in self._placed if ref() not in (None, *known.values())]
-            self._unhear(pipeline.scheduler)
-        if not self._is_heard(pipeline.scheduler):
-            self._heard += [(pipeline.scheduler, leave) for leave in self._hear(pipeline.scheduler)]
-
-    def _is_heard(self, scheduler: Any) -> bool:
-        return is_heard(scheduler, "step", _Step(self.key))
-
-    def _hear(self, scheduler: Any) -> list[Callable[[], None]]:
-        copied = partial(_copied, self.key)
-        return [
-            listen(scheduler, "set_timesteps", _Grid(self.key), copied),
-            listen(scheduler, "step", _Step(self.key), copied),
-        ]
-
-    def _unhear(self, kept: Any) -> None:
-        for scheduler, leave in self._heard:
-            if scheduler is not kept:
-                leave()
-        self._heard = [heard for heard in self._heard if heard[0] is kept]
-
-
-@dataclass(frozen=True)
-class _Grid:
-    """Hears a scheduler's `set_timesteps`: the next denoiser call begins another loop."""
-
-    key: object
-
-    def __call__(self, scheduler: Any, result: Any, *args: Any, **kwargs: Any) -> Any:
-        if (scope := scopes.current(self.key)) is not None:
-            scope.fresh = True
-        return result
-
-
-@dataclass(frozen=True)
-class _Step:
-    """Hears a scheduler's `step`."""
-
-    key: object
-
-    def __call__(self, scheduler: Any, result: Any, *args: Any, **kwargs: Any) -> Any:
-        if (scope := scopes.current(self.key)) is not None:
-            scope.steps += 1
-            if scope.loop is not None:
-                scope.loop.stepped(scheduler, result, args, kwargs)
-        return result
-
-
-def _copied(key: object, leave: Callable[[], None]) -> bool:
-    """A scheduler that is copied inside a call is listened to as well, until the call ends."""
-    scope = scopes.current(key)
-    if scope is not None:
-        scope.on_close(leave)
-    return scope is not None
-
-
-def _made(kind: type) -> Any:
-    return object.__new__(kind)
-
-
-def _followed(kind: Any) -> type:
-    """A class like this one whose instances are called through their entry."""
-
-    @functools.wraps(kind.__call__)
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        entry: Entry | None = vars(self).get(ENTRY)
-        plain = partial(kind.__call__, self)
-        return plain(*args, **kwargs) if entry is None else entry.call(self, plain, args, kwargs)
-
-    def set_attribute(self: Any, name: str, value: Any) -> None:
-        kind.__setattr__(self, name, value)
-        entry: Entry | None = vars(self).get(ENTRY)
-        if name == "scheduler" and entry is not None:
-            entry.hear_new_scheduler(self)
-
-    def shallow_copy(self: Any) -> Any:
-        new = object.__new__(type(self))
-        vars(new).update(vars(self))
-        return new
-
-    def reduced(self: Any, protocol: Any) -> Any:
-        """Pickled or copied deeply, it is a pipeline like any other."""
-        _, _, state, *rest = kind.__reduce_ex__(self, protocol)
-        return _made, (kind,), {name: value for name, value in state.items() if name != ENTRY}, *rest
-
-    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__, "__doc__": kind.__doc__}
-    methods = {
-        "__call__": call,
-        "__setattr__": set_attribute,
-        "__copy__": shallow_copy,
-        "__reduce_ex__": reduced,
-    }
-    derived: type = type(kind)(kind.__name__, (kind,), {**names, **methods})
-    return derived
+        self.ears.settle(pipeline.scheduler, alone=not self._open)
 
 
 @contextmanager

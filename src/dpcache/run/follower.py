@@ -3,7 +3,6 @@
 import os
 import threading
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,47 +12,17 @@ from dpcache.errors import DPCacheError, ScheduleMismatchError
 from dpcache.plan.matching import part_by_levels, part_by_number
 from dpcache.plan.schedule import Schedule
 
-from .adaptive import LEAST_INPUTS, Comparison, Decision, Guide, OnDrift
+from .adaptive import LEAST_INPUTS, Comparison, Guide, OnDrift
 from .denoisers import identify
 from .generation import Generation
 from .loop import Call, Moved
 from .plans import Calibrated, Plans
 from .schedulers import noise_levels
 from .scope import Told
+from .stats import Stats
 
 Source = Schedule | Calibrated | str | os.PathLike[str]
 """What a loop can follow: a schedule, a calibration that plans, or the path of a schedule's file."""
-
-
-@dataclass
-class Stats:
-    """What happened since `enable`.
-
-    Attributes:
-        generations: sampling loops begun.
-        computed_steps: steps of the latest generation whose denoiser calls all ran in full.
-        predicted_steps: steps of the latest generation with at least one predicted call.
-        full_calls: denoiser calls run in full, over all generations.
-        predicted_calls: denoiser calls predicted, over all generations.
-        cached_values: values held now.
-        cached_bytes: bytes they take, on the device or, offloaded, in host memory.
-        peak_cached_bytes: the most bytes that a generation held at any time.
-        drift: by how many times errors at the key steps of the latest generation were larger than those of the
-            calibration inputs; None where they were not compared, or too few.
-        decisions: what was found at each key step of the latest generation, and what followed; only with
-            `enable(..., adaptive=True)`.
-    """
-
-    generations: int = 0
-    computed_steps: tuple[int, ...] = ()
-    predicted_steps: tuple[int, ...] = ()
-    full_calls: int = 0
-    predicted_calls: int = 0
-    cached_values: int = 0
-    cached_bytes: int = 0
-    peak_cached_bytes: int = 0
-    drift: float | None = None
-    decisions: tuple[Decision, ...] = ()
 
 
 class Following:

@@ -10,8 +10,9 @@ from dpcache.plan.recipe import RECIPE_FIELDS, Recipe
 
 from .adaptive import OnDrift
 from .entry import Entry
-from .follower import Following, Source, Stats
+from .follower import Following, Source
 from .placement import ENTRY
+from .stats import Stats
 
 
 def enable(

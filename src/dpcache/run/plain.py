@@ -15,10 +15,11 @@ from dpcache.plan.schedule import Boundary
 from . import scope as scopes
 from .caches import other_cache
 from .denoisers import unwrapped
-from .follower import Following, Source, Stats
+from .follower import Following, Source
 from .loop import Loop, Observer
 from .placement import Placement
 from .scope import Scope, Told
+from .stats import Stats
 
 T = TypeVar("T")
 

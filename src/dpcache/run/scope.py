@@ -5,6 +5,7 @@ them there, and do nothing unless the open scope has the same key. So a twin tha
 in a callback, a bare call of the transformer or another thread are none of this scope's business.
 """
 
+import inspect
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -136,6 +137,17 @@ def outside() -> Iterator[None]:
         yield
     finally:
         _open.reset(token)
+
+
+def around_callbacks(pipeline: Any, key: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The arguments of a pipeline's call, with the user's callbacks kept out of the scope."""
+    if any(inspect.isroutine(value) for value in args):
+        names = list(inspect.signature(type(pipeline).__call__).parameters)[1:]
+        args, kwargs = (), {**dict(zip(names, args, strict=False)), **kwargs}
+    around = {
+        name: around_callback(value, key) for name, value in kwargs.items() if "callback" in name and callable(value)
+    }
+    return args, {**kwargs, **around}
 
 
 def around_callback(callback: Callable[..., Any], key: object) -> Any:
