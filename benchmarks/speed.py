@@ -22,11 +22,11 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import dpcache.run.cache
 import numpy as np
 import torch
 
 import dpcache
+import dpcache.run.generation
 from benchmarks import random_pipelines, speed_page, timing
 from benchmarks.timing import Row, median
 from dpcache.plan.planner import plan_all
@@ -103,16 +103,16 @@ def _skipped_step(pipe: Any, arguments: Row, steps: int) -> Row:
         whole = timing.run(pipe, arguments, steps, "cpu")["steps"]
         parts = {name: getattr(pipe.transformer, name) for name in HEAD}
         forwards = {name: part.forward for name, part in parts.items()}
-        predict, dpcache.run.cache.weighted_sum = (
-            dpcache.run.cache.weighted_sum,
-            timed("sum", dpcache.run.cache.weighted_sum),
+        predict, dpcache.run.generation.weighted_sum = (
+            dpcache.run.generation.weighted_sum,
+            timed("sum", dpcache.run.generation.weighted_sum),
         )
         for name, part in parts.items():
             part.forward = timed(name, part.forward)
         timing.run(pipe, arguments, steps, "cpu")
         for name, part in parts.items():
             part.forward = forwards[name]
-        dpcache.run.cache.weighted_sum = predict
+        dpcache.run.generation.weighted_sum = predict
     result = {name: 1e3 * median(taken[3:]) for name, taken in seconds.items()}
     all_of_it = 1e3 * median(timing.skipped(whole))
     return {"all": all_of_it, **result, "rest": all_of_it - sum(result.values())}

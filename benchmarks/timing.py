@@ -61,7 +61,7 @@ def run(pipe: Any, arguments: Row, steps: int, device: str) -> Row:
     def count(*_: Any) -> None:
         runs[0] += 1
 
-    def stepped(result: Any, *_: Any, **__: Any) -> Any:
+    def stepped(_owner: Any, result: Any, *_: Any, **__: Any) -> Any:
         clock.mark()
         return result
 

@@ -25,7 +25,7 @@ STEPS = 6
 #: Key steps of loops of this many steps at least; the prediction is of first order.
 KEYS = (0, 1, 3)
 
-#: Loops over all but the last step of their grid, which only noise levels tell, as schedules from a calibration have them.
+#: Their loops leave out the last step of the grid. Only noise levels tell, as schedules from a calibration have them.
 LEAVES_THE_LAST_STEP = ("LTXI2VLongMultiPromptPipeline",)
 
 RIGHT, FAILS, REFUSED, NOT_DESCRIBED = "right", "fails", "refused", "not described"
