@@ -148,11 +148,13 @@ class Loop:
         self._forms = Forms()
 
     def call(
-        self, tap: BoundaryTap, denoiser: int, context: str, forward: Callable[..., Any], args: Any, kwargs: Any
+        self, tap: BoundaryTap, denoiser: int, contexts: list[str], forward: Callable[..., Any], args: Any, kwargs: Any
     ) -> Any:
-        """A call of this denoiser, in a cache context of this name."""
-        if self._stepped and not self._is_same_step((*args, *kwargs.values())):
+        """A call of this denoiser, in the innermost of these cache contexts."""
+        values = (*args, *kwargs.values())
+        if self._stepped and not self._is_same_step(values):
             self._next()
+        context = contexts[-1] if contexts else ""
         branch = Branch(context, self._calls[context, denoiser], denoiser)
         self._calls[context, denoiser] += 1
         if branch.number == _MOST_CALLS:
@@ -160,7 +162,7 @@ class Loop:
             self.observer.end()
         if self.is_lost:
             return forward(*args, **kwargs)
-        shape = signature((*args, *kwargs.values()))
+        shape = signature(values)
         starved = self.starved_step == self.step
         return self.observer.call(
             Call(self.step, branch, shape, tap, lambda: forward(*args, **kwargs), self._forms, starved)
@@ -177,9 +179,11 @@ class Loop:
 
     def _is_same_step(self, values: Any) -> bool:
         """Whether a call after a scheduler's step belongs to the same one: a panorama steps every view by itself."""
-        positions = (_position(value, self._grid) for value in values if isinstance(value, torch.Tensor))
-        position = next((found for found in positions if found is not None), None)
-        return position is not None and self._start is not None and position - self._start == self.step
+        for value in values:
+            position = _position(value, self._grid)
+            if position is not None:
+                return self._start is not None and position - self._start == self.step
+        return False
 
     def stepped(self, scheduler: Any, result: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A scheduler has taken a step.
@@ -247,18 +251,19 @@ def _position_of_step(scheduler: Any, timestep: Any) -> int | None:
     """Where on its grid a scheduler has just stepped from; without waiting for a device, None if it does not tell."""
     # Schedulers that count their steps say so; else a loop over the grid takes its elements, seldom copies of them.
     counted = getattr(scheduler, "step_index", None)
-    found = _position(timestep, scheduler.timesteps)
-    return found if found is not None else counted - 1 if counted else None
+    return counted - 1 if counted else _position(timestep, scheduler.timesteps)
 
 
 def _position(timestep: Any, grid: Any) -> int | None:
     """Where in the grid a timestep is that shares its memory; None if it does not."""
-    if not isinstance(timestep, torch.Tensor) or not isinstance(grid, torch.Tensor) or not grid.stride(0):
+    if not isinstance(timestep, torch.Tensor) or timestep.ndim or not isinstance(grid, torch.Tensor):
+        return None
+    if not grid.stride(0):
         return None
     if timestep.untyped_storage().data_ptr() != grid.untyped_storage().data_ptr() or timestep.dtype != grid.dtype:
         return None
     position = (timestep.storage_offset() - grid.storage_offset()) // grid.stride(0)
-    return position if timestep.ndim == 0 and 0 <= position < len(grid) else None
+    return position if 0 <= position < len(grid) else None
 
 
 def signature(values: Iterable[Any]) -> tuple[Any, ...]:

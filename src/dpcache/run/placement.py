@@ -130,7 +130,7 @@ class _DenoiserHook(Hook):
         with placed.tap.lock:
             if scope is None or loop is None:
                 return self.beneath(*args, **kwargs)
-            return loop.call(placed.tap, placed.number, scope.context, self.beneath, args, kwargs)
+            return loop.call(placed.tap, placed.number, scope.contexts, self.beneath, args, kwargs)
 
 
 class _AuxiliaryHook(Hook):
@@ -165,8 +165,11 @@ def _in_context(key: object, _: Any, context: Any, name: str, *__: Any, **___: A
             if scope is None:
                 yield value
                 return
-            with scope.named(name):
+            scope.contexts.append(name)
+            try:
                 yield value
+            finally:
+                scope.contexts.pop()
 
     return noted()
 

@@ -41,6 +41,7 @@ class Scope:
         fresh: the next denoiser call begins another loop.
         calls: denoiser calls so far.
         steps: scheduler steps so far.
+        contexts: names of the cache contexts that are open, the innermost last.
         outside: denoiser calls that came after a loop's last step, and belong to no loop.
     """
 
@@ -51,7 +52,7 @@ class Scope:
         self.loop: Loop | None = None
         self.fresh = False
         self.calls = self.steps = self.outside = 0
-        self._contexts: list[str] = []
+        self.contexts: list[str] = []
         self._on_close: list[Callable[[], object]] = []
 
     def loop_for_call(self, denoiser: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> "Loop | None":
@@ -68,20 +69,6 @@ class Scope:
             self.outside += 1
             return None
         return self.loop
-
-    @property
-    def context(self) -> str:
-        """Name of the cache context that is open; empty if none is."""
-        return self._contexts[-1] if self._contexts else ""
-
-    @contextmanager
-    def named(self, name: str) -> Iterator[None]:
-        """Denoiser calls in the body run in a cache context of this name."""
-        self._contexts.append(name)
-        try:
-            yield
-        finally:
-            self._contexts.pop()
 
     def on_close(self, undo: Callable[[], object]) -> None:
         """Has something undone when the scope closes."""
