@@ -72,6 +72,21 @@ def test_noise_of_the_times_is_that_of_a_shifted_flow() -> None:
     assert (ratio.diff() > 0).all()
 
 
+def test_scaled_latents_decode_to_the_same_pictures() -> None:
+    torch.manual_seed(0)
+    vae = hard_flux.build_vae()
+    pictures = hard_flux.draw_pictures(30, seed=0).pixels
+    pixels = hard_flux.to_pixels(pictures, CPU)
+    with torch.no_grad():
+        before = vae.decode(vae.encode(pixels).latent_dist.mean).sample
+        hard_flux.scale_latents(vae, pictures)
+        latents = vae.encode(pixels).latent_dist.mean
+        torch.testing.assert_close(vae.decode(latents).sample, before, rtol=0, atol=1e-3)
+    deviations = latents.std(dim=(0, 2, 3))
+    assert (deviations.diff() < 1e-3).all()  # the largest comes first
+    assert latents.mean(dim=(0, 2, 3)).abs().max() < 1e-2
+
+
 def test_interrupted_flux_training_gives_the_same_weights(tmp_path: Path) -> None:
     hard_flux.train(tmp_path / "a", tmp_path / "whole", device=CPU, seed=0, settings=LITTLE_FLUX)
     with pytest.raises(stages.Interrupted):
