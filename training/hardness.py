@@ -43,7 +43,7 @@ ROWS: Mapping[str, BundledModel] = {**{row.name: row for row in (hard_flux.ROW, 
 
 def paper_plan(calibration: Calibration) -> Schedule:
     """The plan of the paper."""
-    return calibration.plan(KEY_STEPS, method="paper")
+    return calibration.plan(KEY_STEPS, recipe=dpcache.Recipe(method="paper"))
 
 
 def curve(exponent: float, end: int, key_steps: int = KEY_STEPS) -> tuple[int, ...]:
