@@ -249,7 +249,7 @@ class _CalibrationFile:
         try:
             self._found = Calibration.merged([self._found, added]) if self._found else added
         except CalibrationError as error:
-            raise CalibrationError(f"{self.path.name}: {error} Give another name, or begin anew.") from error
+            raise CalibrationError(f"{self.path.name}: {error} Give another name, or start over.") from error
         self._found.save(self.path)
         if self.key_steps:
             self._found.plan(self.key_steps, recipe=Recipe(order=self.order)).save(self.schedule_path)

@@ -83,9 +83,9 @@ def _check(folder: Path, marks: Mapping[str, str], *, may_be_unmarked: bool) -> 
             return
         changed = list(marks)
     except (ValueError, AttributeError) as error:
-        raise CalibrationError(f"{folder / _ABOUT} cannot be read ({error}): begin anew with --restart.") from error
+        raise CalibrationError(f"{folder / _ABOUT} cannot be read ({error}): start over with --restart.") from error
     if changed:
         raise CalibrationError(
             f"{folder} keeps what a command with other {' and '.join(changed)} has measured: run that one again, name "
-            "another --output, or begin anew with --restart."
+            "another --output, or start over with --restart."
         )
