@@ -64,9 +64,8 @@ class Entry:
         self.ears = Ears(self.key)
         self.is_closed = False
         try:
-            find_denoisers(pipeline)
-            self._owner = weakref.ref(pipeline)
             self._settle(pipeline)
+            self._owner = weakref.ref(pipeline)
             kind = followed(type(pipeline))
             vars(pipeline)[ENTRY] = self
             pipeline.__class__ = kind
