@@ -104,6 +104,8 @@ def test_a_generator_is_followed_and_may_be_dropped(flux: Any) -> None:
         expected = list(go())
         assert len(expected) == STEPS and not torch.equal(expected[-1], full)
         assert dpcache.stats(pipe).computed_steps == KEYS.key_steps
+        go()  # never begun, it counts as no call
+        assert not pipe._dpcache_entry.is_busy
         half = go()
         for _ in range(6):
             next(half)

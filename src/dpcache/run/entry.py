@@ -99,8 +99,6 @@ class Entry:
         if self._owner() in (pipeline, None):
             self.close()
 
-    # ---------------------------------------------------------------------------------------------------- one call
-
     def call(self, pipeline: Any, plain: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Calls the pipeline's own `__call__`, followed where that can be."""
         try:
@@ -125,49 +123,57 @@ class Entry:
             self._judge(pipeline, scope)
             return result
         finally:
+            # What runs later counts itself again when it starts: it may be dropped before.
+            with self._lock:
+                self._open -= 1
             if not (inspect.isgenerator(result) or inspect.isawaitable(result)):
-                self._end(scope)
+                scope.close()
 
     def _begin(self, pipeline: Any, scope: Scope) -> Loop:
         """A sampling loop begins, with the scheduler that the pipeline has by now."""
         self.ears.turn_to(pipeline.scheduler)
         return Loop(self.watcher.begin(pipeline, self.tell), pipeline.scheduler)
 
-    def _end(self, scope: Scope) -> None:
-        scope.close()
+    @contextmanager
+    def _running(self, scope: Scope) -> Iterator[None]:
+        """Counts a call that runs later than it was made, and ends it."""
         with self._lock:
-            self._open -= 1
+            self._open += 1
+        try:
+            yield
+        finally:
+            scope.close()
+            with self._lock:
+                self._open -= 1
 
     def _resumed(self, pipeline: Any, scope: Scope, generator: Any) -> Any:
         """A pipeline that yields as it goes: followed whenever it runs, ended when it is dropped."""
         resume, value = generator.send, None
-        try:
-            while True:
-                with scopes.opened(scope):
+        with self._running(scope):
+            try:
+                while True:
+                    with scopes.opened(scope):
+                        try:
+                            item = resume(value)
+                        except StopIteration as stop:
+                            self._judge(pipeline, scope)
+                            return stop.value
                     try:
-                        item = resume(value)
-                    except StopIteration as stop:
-                        self._judge(pipeline, scope)
-                        return stop.value
-                try:
-                    resume, value = generator.send, (yield item)
-                except GeneratorExit:
-                    raise
-                except BaseException as error:
-                    resume, value = generator.throw, error
-        finally:
-            with scopes.opened(scope):
-                generator.close()
-            self._end(scope)
+                        resume, value = generator.send, (yield item)
+                    except GeneratorExit:
+                        raise
+                    except BaseException as error:
+                        resume, value = generator.throw, error
+            finally:
+                with scopes.opened(scope):
+                    generator.close()
 
     async def _awaited(self, pipeline: Any, scope: Scope, result: Any) -> Any:
-        try:
+        with self._running(scope):
             with scopes.opened(scope):
                 found = await result
             self._judge(pipeline, scope)
             return found
-        finally:
-            self._end(scope)
 
     def _judge(self, pipeline: Any, scope: Scope) -> None:
         """After a call that returned: says what of it could not be seen."""
@@ -188,8 +194,6 @@ class Entry:
                 f"{name} called its denoiser {scope.outside or scope.calls} times outside of its scheduler's steps: "
                 f"these calls were computed in full. {remedy}"
             )
-
-    # ---------------------------------------------------------------------------------------------- hooks and taps
 
     def _placements(self) -> list[Placement]:
         return [placement for ref in self._placed if (placement := ref()) is not None]
