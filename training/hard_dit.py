@@ -33,7 +33,7 @@ def _inputs(name: str) -> tuple[Inputs, ...]:
 
 ROW = BundledModel(
     name="hard-dit",
-    description="DiTPipeline, one of 60 classes to 64x64 picture of a heap of textured things, most of it left open",
+    description="DiTPipeline, one of 40 classes to 64x64 picture of a heap of textured things, most of it left open",
     directory=Path(zoo.__file__).parent / "models" / "hard-dit",
     call_defaults=MappingProxyType({"guidance_scale": 4.0}),
     attributes=MappingProxyType({}),
@@ -47,9 +47,9 @@ ROW = BundledModel(
 class Settings:
     """How much to train."""
 
-    pictures: int = 24_000
+    pictures: int = 48_000
     """Rendered once."""
-    steps: int = 1_800
+    steps: int = 4_800
     batch: int = 48
     no_class: float = 0.1
     """Fraction of classes dropped, so that classifier-free guidance works."""

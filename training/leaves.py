@@ -31,7 +31,7 @@ class Heaping:
     """How far axes are turned from upright or level at most, radians."""
 
 
-USUAL = Heaping(things=11, radii=(11.0, 24.0), turn=0.3)
+USUAL = Heaping(things=10, radii=(10.0, 22.0), turn=0.3)
 """What a small denoiser can learn within an hour."""
 
 CROWDED = Heaping(things=22, radii=(7.0, 26.0), turn=np.pi)
@@ -56,10 +56,6 @@ def _circle(u: Floats, v: Floats, r: Floats) -> Floats:
     return np.asarray(r - np.hypot(u, v))
 
 
-def _ring(u: Floats, v: Floats, r: Floats) -> Floats:
-    return np.asarray(0.24 * r - np.abs(np.hypot(u, v) - 0.76 * r))
-
-
 def _square(u: Floats, v: Floats, r: Floats) -> Floats:
     return 0.82 * r - np.maximum(np.abs(u), np.abs(v))
 
@@ -68,27 +64,20 @@ def _triangle(u: Floats, v: Floats, r: Floats) -> Floats:
     return 0.58 * r - np.maximum(v, 0.866 * np.abs(u) - 0.5 * v)
 
 
-def _leaf(u: Floats, v: Floats, r: Floats) -> Floats:
-    # Where two circles overlap.
-    return np.asarray(1.3 * r - np.hypot(u, np.abs(v) + 0.83 * r))
-
-
 def _stick(u: Floats, v: Floats, r: Floats) -> Floats:
     return np.asarray(0.26 * r - np.hypot(np.maximum(np.abs(u) - 0.84 * r, 0), v))
 
 
 _DISTANCES: dict[str, Callable[[Floats, Floats, Floats], Floats]] = dict(
-    zip(KINDS, (_circle, _ring, _square, _triangle, _leaf, _stick), strict=True)
+    zip(KINDS, (_circle, _square, _triangle, _stick), strict=True)
 )
 """How many pixels inside a thing a point lies, about; (u, v) from its centre and along its axes, r its radius."""
 
-# A texture is clip(0.5 + a * wave(u) + b * wave(v) + c * wave(u) * wave(v) + d * u / r + e) between two colours.
-_TEXTURES: dict[str, tuple[float, float, float, float, float]] = {
-    "plain": (0, 0, 0, 0, -0.5),
-    "striped": (2.5, 0, 0, 0, 0),
-    "dotted": (2.5, 2.5, 0, 0, -1.7),
-    "checkered": (0, 0, 6, 0, 0),
-    "shaded": (0, 0, 0, 0.6, 0),
+# A texture is clip(a * wave(u) + b * u / r + c) between two colours.
+_TEXTURES: dict[str, tuple[float, float, float]] = {
+    "plain": (0, 0, 0),
+    "striped": (2.5, 0, 0.5),
+    "shaded": (0, 0.6, 0.5),
 }
 
 
@@ -110,7 +99,7 @@ class _Throws:
         # Two or three waves to a thing, none so fine that a small autoencoder would lose it.
         period = np.clip(self.radius * rng.uniform(0.7, 0.9, size), 8, 14)
         self.period = period.astype(np.float32)
-        self.phase = rng.random((*size, 2)).astype(np.float32)
+        self.phase = rng.random(size).astype(np.float32)
         first = rng.integers(0, 5, size)
         second = (first + rng.integers(1, 5, size)) % 5
         palettes = np.array([PALETTES[heap.palette] for heap in heaps], np.float32)
@@ -137,10 +126,9 @@ def _draw(kind: str, throws: _Throws, rows: npt.NDArray[np.intp]) -> npt.NDArray
         v = (y * cos)[:, :, None] - (x * sin)[:, None, :]
         r = throws.radius[rows, turn, None, None]
         inside = _DISTANCES[kind](u, v, r)
-        a, b, c, d, e = throws.texture[rows, turn, :, None, None].swapaxes(0, 1)
-        period, phase = throws.period[rows, turn, None, None], throws.phase[rows, turn, :, None, None]
-        wave_u, wave_v = _wave(u / period + phase[:, 0]), _wave(v / period + phase[:, 1])
-        pattern = np.clip(0.5 + e + a * wave_u + (b + c * wave_u) * wave_v + (d / r) * u, 0, 1)
+        a, b, c = throws.texture[rows, turn, :, None, None].swapaxes(0, 1)
+        period, phase = throws.period[rows, turn, None, None], throws.phase[rows, turn, None, None]
+        pattern = np.clip(a * _wave(u / period + phase) + (b / r) * u + c, 0, 1)
         # A darker rim keeps things apart that have one colour.
         light = np.clip(0.55 + 0.25 * inside, 0.55, 1)
         # What lies at the bottom fills the picture.

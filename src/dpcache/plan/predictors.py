@@ -61,6 +61,36 @@ class Taylor:
         return coefficients
 
 
+@dataclass(frozen=True)
+class Trend:
+    """A straight line that bends to a halt: safe where Taylor's would run away.
+
+    With r how far beyond the last key step the predicted one lies, in units of the gap between the last two, the last
+    difference counts (1 - exp(-rate r)) / rate times: as with Taylor of order 1 at first, never more than 1 / rate
+    times (the damped trend of forecasting: Gardner and McKenzie, "Forecasting trends in time series", 1985).
+
+    Attributes:
+        rate: how soon it comes to a halt, above 0. Large values reuse the last value, small ones follow the line.
+    """
+
+    rate: float = 1.0
+    order: ClassVar[int] = 1
+    name: ClassVar[str] = "trend"
+
+    def __post_init__(self) -> None:
+        number("rate", self.rate, 0, above=True)
+
+    def coefficients(self, keys: Sequence[int], steps: Steps) -> Coefficients:
+        """As `Predictor.coefficients`."""
+        differences = backward_differences(keys, 1)
+        if len(differences) == 1:
+            return np.ones((len(steps), 1))
+        gap = keys[-1] - keys[-2]
+        share = -np.expm1(-self.rate * (np.asarray(steps) - keys[-1]) / gap) / self.rate
+        coefficients: Coefficients = differences[0] + share[:, None] * gap * differences[1]
+        return coefficients
+
+
 @dataclass(frozen=True, eq=False)
 class Fitted:
     """The linear prediction with the least mean square error over recorded runs.
