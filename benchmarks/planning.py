@@ -176,7 +176,7 @@ Made by `python -m benchmarks.planning`; the figures behind it are in `benchmark
 otherwise, boundary `blocks`; calibrated on {calibrated} inputs, judged on {inputs} held-out ones. PSNR in dB, in
 float, of decoded outputs against the full run: mean (5th percentile).
 
-Measured before key steps made up for errors (see [adaptive.md](adaptive.md) for what that adds): all plans here are
+Measured before key steps made up for errors: all plans here are
 without corrections, and what tuning adds was more than it is with them.
 """
 

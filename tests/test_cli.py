@@ -297,7 +297,7 @@ def files(tmp_path_factory):
         ("generate tiny-flux ring -s builtin:13", 1, "no built-in schedules for tiny-flux"),
         ("generate tiny-flux ring -s builtin:flux1-dev:13 -t 5", 2, "builtin:flux1-dev:13 is for 50 steps, not 5"),
         ("compare tiny-flux -s builtin:flux1-dev:13", 1, "builtin:flux1-dev:13: the schedule was made for Flux"),
-        ("generate tiny-flux ring -k 3", 2, "--calibration and --key-steps go together"),
+        ("generate tiny-flux ring -k 3 -s s.json", 2, "leave out -k"),
         ("generate tiny-dit 5 -s s.json", 1, "s.json: the schedule was made for FluxTransformer2DModel"),
         ("generate tiny-dit ring", 2, "draws classes, and 'ring' is none"),
         ("compare tiny-flux", 2, "--schedule"),

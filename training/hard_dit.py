@@ -49,7 +49,7 @@ class Settings:
 
     pictures: int = 48_000
     """Rendered once."""
-    steps: int = 4_800
+    steps: int = 3_600
     batch: int = 48
     no_class: float = 0.1
     """Fraction of classes dropped, so that classifier-free guidance works."""

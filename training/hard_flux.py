@@ -66,7 +66,7 @@ class Settings:
     """Rendered once."""
     vae_steps: int = 1_500
     vae_batch: int = 8
-    flow_steps: int = 4_800
+    flow_steps: int = 3_600
     flow_batch: int = 48
     decoder_steps: int = 500
     empty_captions: float = 0.1

@@ -16,8 +16,8 @@ from torch import nn
 
 import dpcache
 from dpcache.errors import DPCacheError, UnsupportedPipelineError
+from dpcache.plan.levels import noise_levels
 from dpcache.run.denoisers import find_denoisers
-from dpcache.run.schedulers import noise_levels
 from tests.pipelines.looking import Skip, counted, in_full, layers_of, same, skipped_calls, stepped, tensors
 from tests.pipelines.small import Built
 

@@ -9,12 +9,13 @@ from typing import Any
 import torch
 
 from dpcache.errors import CalibrationError
+from dpcache.plan.levels import noise_levels
 from dpcache.plan.schedule import Boundary
 from dpcache.run.entry import entered
 from dpcache.run.inputs import quiet
 from dpcache.run.loop import Branch, Call, Moved
 from dpcache.run.pipelines import require_disabled
-from dpcache.run.schedulers import noise_levels, step_influence
+from dpcache.run.schedulers import step_influence
 from dpcache.run.scope import Told
 from dpcache.run.sums import keep
 
@@ -29,7 +30,7 @@ class RecordedRun:
     Attributes:
         num_steps: T, the steps its sampling loop took.
         timesteps: float64 [T], the part of the scheduler's grid that the loop ran through.
-        sigmas: float64 [T + 1], the noise level at every step and after the last (see `schedulers.noise_levels`); None
+        sigmas: float64 [T + 1], the noise level at every step and after the last (see `levels.noise_levels`); None
             where they are not known.
         values: per branch, the value at the boundary at every step it was called, step -> tensor in host memory.
         received: what the scheduler was given at every step, after guidance, step -> float32 [D] in host memory.

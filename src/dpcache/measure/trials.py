@@ -15,6 +15,7 @@ from dpcache.run.inputs import as_numbers, quiet, seeded
 from dpcache.run.loop import Branch, Call, Moved
 from dpcache.run.packing import take_apart
 from dpcache.run.pipelines import enabled
+from dpcache.run.plans import OneSchedule
 from dpcache.run.scope import Told
 
 Array = npt.NDArray[np.float64]
@@ -94,7 +95,7 @@ class _Rerun:
 
     def follow(self, schedule: Schedule, start: int | None) -> None:
         """The next runs follow this schedule; before the step, as remembered."""
-        self._following = Following(schedule, offload=False, adaptive=False, on_drift=None, planning={})
+        self._following = Following(OneSchedule(schedule))
         self._start = start
 
     def begin(self, pipeline: Any, tell: Told) -> "_Rerun":

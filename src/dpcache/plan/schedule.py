@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import operator
 import os
 from collections.abc import Sequence
@@ -11,13 +12,15 @@ from typing import Any, ClassVar, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from dpcache.checks import one_of, whole
-from dpcache.errors import FileFormatError
+from dpcache.checks import number, one_of, whole
+from dpcache.errors import FileFormatError, GridError
 from dpcache.files.cards import Rows, fact_rows
 from dpcache.files.hub import HubFile
 from dpcache.files.whole import MAKERS, check_version, read_bytes, write_whole
 
-from .predictors import Predictor, Taylor
+from .curves import smooth_key_steps
+from .levels import noise_levels
+from .predictors import Predictor, Taylor, Trend
 
 Boundary = Literal["blocks", "output"]
 
@@ -154,6 +157,50 @@ class Schedule(HubFile, BaseModel):
         num_key_steps = whole("num_key_steps", num_key_steps, 1, num_inference_steps)
         keys = [n * num_inference_steps // num_key_steps for n in range(num_key_steps)]
         return cls.from_key_steps(keys, num_inference_steps, order=order, source="uniform interval", **more)
+
+    @classmethod
+    def smooth(cls, num_key_steps: int, num_inference_steps: int, **more: Any) -> Self:
+        """Key steps on a smooth curve, others predicted by a saturating trend: what to use when nothing was measured.
+
+        Dense where composition is decided, ever wider apart after that (see `plan.curves`), and never far off however
+        long a hop is (see `plan.predictors.Trend`). `more` goes to `from_key_steps`.
+
+        Raises:
+            TypeError, ValueError: K is not a whole number from 1 to T.
+        """
+        keys = smooth_key_steps(num_key_steps, num_inference_steps)
+        more = {"predictor": Trend(), "source": "smooth curve, nothing calibrated", **more}
+        return cls.from_key_steps(keys, num_inference_steps, **more)
+
+    @classmethod
+    def for_sampler(
+        cls, scheduler: Any, num_key_steps: int | None = None, *, speedup: float | None = None, **more: Any
+    ) -> Self:
+        """`Schedule.smooth` for a scheduler's own steps, which the schedule then knows.
+
+        Args:
+            scheduler: a scheduler of diffusers on which `set_timesteps` has been called.
+            num_key_steps: K.
+            speedup: T / K instead.
+            more: goes to `from_key_steps`; the boundary is `"output"` unless given.
+
+        Raises:
+            GridError: `set_timesteps` has not been called.
+            TypeError, ValueError: not exactly one of number and speedup, or one out of range.
+        """
+        timesteps = getattr(scheduler, "timesteps", None)
+        if timesteps is None or getattr(scheduler, "num_inference_steps", 0) is None:
+            raise GridError(
+                f"{type(scheduler).__name__} does not know its steps yet: call scheduler.set_timesteps(50) first."
+            )
+        if (num_key_steps is None) == (speedup is None):
+            raise ValueError("give one of num_key_steps and speedup.")
+        steps = len(timesteps)
+        if num_key_steps is None:
+            # A hair more, for 50 / 3.5714... is meant as 14.
+            num_key_steps = max(1, math.floor(steps / number("speedup", speedup, 1) + 1e-9))
+        schedule = cls.smooth(num_key_steps, steps, **{"boundary": "output", **more})
+        return schedule.model_copy(update={"sigmas": noise_levels(scheduler)})
 
     @classmethod
     def builtin(cls, name: str, num_key_steps: int) -> "Schedule":

@@ -20,7 +20,6 @@ import torch
 
 from dpcache.plan.schedule import Schedule, Term
 
-from .adaptive import Comparison
 from .sums import keep, weighted_sum, with_correction
 
 
@@ -46,7 +45,6 @@ class Generation:
         schedule: what to follow. None where it is known after the first step only: that step is computed in any case,
             and `follow` tells the rest.
         offload: keep cached values in host memory.
-        comparison: watches errors at key steps, and may change the steps to come (see `dpcache.run.adaptive`).
 
     Attributes:
         full_calls: calls computed so far.
@@ -54,10 +52,8 @@ class Generation:
         peak_bytes: the most bytes that cached values took at any time.
     """
 
-    def __init__(
-        self, schedule: Schedule | None, *, offload: bool = False, comparison: Comparison | None = None
-    ) -> None:
-        self._offload, self._comparison = offload, comparison
+    def __init__(self, schedule: Schedule | None, *, offload: bool = False) -> None:
+        self._offload = offload
         self._held: dict[Hashable, _Held] = {}
         #: From which step on -> what is left of the schedule for a branch that begins there.
         self._left: dict[int, Schedule] = {0: schedule} if schedule is not None else {}
@@ -67,10 +63,9 @@ class Generation:
         self._predicted: set[int] = set()
         self.full_calls = self.predicted_calls = self.peak_bytes = 0
 
-    def follow(self, schedule: Schedule, comparison: Comparison | None = None) -> None:
+    def follow(self, schedule: Schedule) -> None:
         """Follows this schedule from here on; its steps count from the loop's first."""
         self._left = {0: schedule}
-        self._comparison = comparison or self._comparison
 
     def abandon(self) -> None:
         """Computes the rest of the loop in full."""
@@ -123,16 +118,12 @@ class Generation:
             return value
         held = self._held[branch]
         now = step - held.start
-        if self._comparison is not None and not held.start and not self._undecided:
-            changed = self._comparison.at_key_step(now, value, held.values, held.sum, self._left[0].key_steps)
-            if changed is not None:
-                self._left = {0: changed}
         handed_on = value
         if not self._undecided:
             terms = self._from(held.start).corrections.get(now, ())
             handed_on = with_correction(value, now, terms, held.values)
         if self._is_wanted(held, now):
-            self._drop(held, now, self._spared)
+            self._drop(held, now)
             held.values[now] = keep(value, offload=self._offload)
             held.device = value.device
             self.peak_bytes = max(self.peak_bytes, self.held_bytes)
@@ -141,7 +132,7 @@ class Generation:
     def end_step(self, step: int) -> None:
         """Drops what no step after this one needs."""
         for held in self._held.values():
-            self._drop(held, step - held.start, self._spared and self._spared + 1)
+            self._drop(held, step - held.start)
 
     def close(self) -> None:
         """Ends the loop: nothing is held any more."""
@@ -182,11 +173,6 @@ class Generation:
         """No schedule says what to do: the loop has just begun, or is computed in full."""
         return self._abandoned or not self._left
 
-    @property
-    def _spared(self) -> int:
-        """Values, beside the one at hand, to keep in case the schedule changes."""
-        return self._comparison.spared if self._comparison is not None else 0
-
     def _from(self, start: int) -> Schedule:
         if start not in self._left:
             self._left[start] = self._left[0].from_step(start)
@@ -196,12 +182,11 @@ class Generation:
         """Whether a later step may be predicted from the value at this one."""
         if not self._left:
             return now == 0
-        return bool(self._spared) or self._from(held.start).last_uses.get(now, now) > now
+        return self._from(held.start).last_uses.get(now, now) > now
 
-    def _drop(self, held: _Held, now: int, spared: int) -> None:
-        """Drops values no later step needs, except the newest ones that are spared."""
+    def _drop(self, held: _Held, now: int) -> None:
+        """Drops values no later step needs."""
         if held.values and self._left:
             last_uses = self._from(held.start).last_uses
-            old = sorted(held.values)[: len(held.values) - spared]
-            for key in [key for key in old if last_uses.get(key, key) <= now]:
+            for key in [key for key in held.values if last_uses.get(key, key) <= now]:
                 del held.values[key]

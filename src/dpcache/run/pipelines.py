@@ -8,29 +8,32 @@ from dpcache.checks import no_more_arguments
 from dpcache.errors import CacheStateError
 from dpcache.plan.recipe import RECIPE_FIELDS, Recipe
 
-from .adaptive import OnDrift
 from .entry import Entry
-from .follower import Following, Source
+from .follower import Following
 from .placement import ENTRY
+from .plans import Source, plans_for
 from .stats import Stats
 
 
 def enable(
     pipeline: Any,
-    schedule: Source,
+    schedule: Source = None,
     *,
     num_key_steps: int | None = None,
     speedup: float | None = None,
     max_error: float | None = None,
     recipe: Recipe | None = None,
     offload: bool = False,
-    adaptive: bool = False,
-    on_drift: OnDrift | None = None,
     **unknown: Never,
 ) -> None:
-    """Makes every following call of the pipeline follow the schedule, until `disable`.
+    """Makes every following call of the pipeline compute some steps in full and predict the others, until `disable`.
 
-    Given a calibration instead, every call follows a schedule planned for its own noise levels, whatever its number of
+    With nothing but `num_key_steps` or `speedup`, the key steps lie on a smooth curve over the steps of each call,
+    however many, and a saturating trend predicts the others: no calibration is needed (see `Schedule.smooth`).
+
+    Given a schedule, every call of as many steps follows it.
+
+    Given a calibration, every call follows a schedule planned for its own noise levels, whatever its number of
     steps, shift or resolution: planned when such a call first comes, and remembered. How is said by one of
     `num_key_steps`, `speedup` and `max_error`, and by `recipe`.
 
@@ -45,23 +48,14 @@ def enable(
     Args:
         pipeline: a pipeline of diffusers, modular ones included, or one of your own that calls a `transformer` or
             `unet` and steps a `scheduler`.
-        schedule: what to follow; a schedule, a calibration, or the path of a schedule's file.
-        num_key_steps: with a calibration, K; a call with no more steps is computed in full.
-        speedup: with a calibration, T / K instead.
+        schedule: what to follow: a schedule, the path of a schedule's file, a calibration, or None.
+        num_key_steps: with a calibration or nothing, K; a call with no more steps is computed in full.
+        speedup: with a calibration or nothing, T / K instead.
         max_error: with a calibration, the largest expected error instead (see `Calibration.plan`).
         recipe: with a calibration, how to plan.
         offload: keep the cached values in host memory (pinned, for a GPU) and bring them back a piece at a time. Takes
             next to nothing of the device's memory, and at every skipped step the time to copy up to order + 1 values:
             worth it for long videos, where a value takes hundreds of megabytes and a full step many seconds.
-        adaptive: with a calibration, let every generation choose its key steps by what it meets: where predictions err
-            more than they did on the calibration inputs the next key step comes earlier, where they err less, later.
-            The number of full calls is then that of the plan on average over the calibration inputs. Reads one number
-            from the device at every key step. A batch decides together, by the error over all of it. `Stats.decisions`
-            tells what was decided and why.
-        on_drift: with a calibration, what to do where errors at key steps are so much larger than those of the
-            calibration inputs that the calibration does not fit: `"warn"`, once; compute the rest of the generation in
-            `"full"`, and warn; or `"ignore"`. To warn nothing is read from the device before the last step; `"full"`
-            reads a number at every key step. Unless given `"warn"`, with at least four calibration inputs.
         unknown: refused.
 
     Raises:
@@ -71,13 +65,14 @@ def enable(
             is at work in it.
         CalibrationError, InfeasibleBudgetError, ValueError: as `Calibration.plan`.
         FileNotFoundError, FileFormatError: as `Schedule.load`.
-        TypeError: what only a calibration can do was asked for with a schedule, or an argument that there is none of.
+        TypeError: neither a schedule nor a number; what only a calibration can do was asked for without one; or an
+            argument that there is none of.
     """
     no_more_arguments(enable, unknown, RECIPE_FIELDS)
     require_disabled(pipeline)
-    planning = {"num_key_steps": num_key_steps, "speedup": speedup, "max_error": max_error, "recipe": recipe}
-    following = Following(schedule, offload=offload, adaptive=adaptive, on_drift=on_drift, planning=planning)
-    Entry(pipeline, following.schedule.boundary, following, following.admit)
+    plans = plans_for(schedule, num_key_steps=num_key_steps, speedup=speedup, max_error=max_error, recipe=recipe)
+    following = Following(plans, offload=offload)
+    Entry(pipeline, plans.boundary, following, following.admit)
 
 
 def disable(pipeline: Any) -> None:
@@ -88,12 +83,14 @@ def disable(pipeline: Any) -> None:
     """
     entry = entry_of(pipeline)
     if entry is None:
-        raise CacheStateError("dpcache is not enabled on this pipeline: call dpcache.enable(pipe, schedule) first.")
+        raise CacheStateError(
+            "dpcache is not enabled on this pipeline: call dpcache.enable(pipe, num_key_steps=13) first."
+        )
     entry.leave(pipeline)
 
 
 @contextmanager
-def enabled(pipeline: Any, schedule: Source, **how: Any) -> Iterator[Any]:
+def enabled(pipeline: Any, schedule: Source = None, **how: Any) -> Iterator[Any]:
     """`enable` on entering, with its arguments; `disable` on leaving, also after an exception. Yields the pipeline."""
     enable(pipeline, schedule, **how)
     try:

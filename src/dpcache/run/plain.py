@@ -15,9 +15,10 @@ from dpcache.plan.schedule import Boundary
 from . import scope as scopes
 from .caches import other_cache
 from .denoisers import unwrapped
-from .follower import Following, Source
+from .follower import Following
 from .loop import Loop, Observer
 from .placement import Placement
+from .plans import Source, plans_for
 from .scope import Scope, Told
 from .stats import Stats
 
@@ -155,7 +156,7 @@ class FollowedLoop:
 @contextmanager
 def following(
     denoiser: "nn.Module | Sequence[nn.Module]",
-    schedule: Source,
+    schedule: Source = None,
     *,
     sigmas: Sequence[float] | None = None,
     num_key_steps: int | None = None,
@@ -173,9 +174,9 @@ def following(
 
     Args:
         denoiser: the transformer or UNet that the loop calls, or several where it switches between them.
-        schedule: as in `dpcache.enable`; with a calibration say for how many key steps to plan.
+        schedule: as in `dpcache.enable`; with a calibration or nothing say for how many key steps to plan.
         sigmas: the loop's noise levels, T and where the last step ends. With a schedule they are compared with those it
-            was planned for; a calibration plans for them.
+            was planned for; a calibration plans for them; with neither they say how many steps there are.
         num_key_steps: as in `dpcache.enable`.
         speedup: as in `dpcache.enable`.
         max_error: as in `dpcache.enable`.
@@ -186,6 +187,7 @@ def following(
         UnsupportedPipelineError: it is no `nn.Module`; the schedule needs blocks that are not known; or another cache
             is at work in it.
         ScheduleMismatchError: the schedule was made for another model.
+        TypeError: as `dpcache.enable`; or nothing says how many steps the loop takes.
 
     Example:
         ```python
@@ -195,13 +197,17 @@ def following(
         ```
     """
     denoisers = as_modules(denoiser)
-    planning = {"num_key_steps": num_key_steps, "speedup": speedup, "max_error": max_error, "recipe": recipe}
-    told = Following(schedule, offload=offload, adaptive=False, on_drift=None, planning=planning)
+    plans = plans_for(schedule, num_key_steps=num_key_steps, speedup=speedup, max_error=max_error, recipe=recipe)
+    levels = tuple(float(level) for level in sigmas) if sigmas is not None else None
+    steps = len(levels) - 1 if levels is not None else plans.num_inference_steps
+    if steps is None:
+        raise TypeError(
+            "say how many steps the loop takes: give sigmas, its T noise levels and where the last step ends."
+        )
+    told = Following(plans, offload=offload)
     told.admit(denoisers)
     tell = Told()
-    levels = tuple(float(level) for level in sigmas) if sigmas is not None else None
-    steps = len(levels) - 1 if levels is not None else told.schedule.num_inference_steps
-    loop = PlainLoop(denoisers, told.schedule.boundary, lambda: told.begin_at(levels, tell), steps)
+    loop = PlainLoop(denoisers, plans.boundary, lambda: told.begin_at(levels, steps, tell), steps)
     with loop.opened():
         yield FollowedLoop(loop, told)
 

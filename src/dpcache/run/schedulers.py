@@ -10,6 +10,7 @@ import torch
 
 from dpcache.errors import GridError
 from dpcache.plan.grids import FLOW, NoiseGrid
+from dpcache.plan.levels import noise_levels
 
 Array = npt.NDArray[np.float64]
 
@@ -18,28 +19,6 @@ _SMALL = 1e-3
 _SHAPE = (1, 4, 8, 8)
 #: Words in the names of what `set_timesteps` leaves on a scheduler; all else is history, or from its configuration.
 _GRID_STATE = re.compile("num_inference_steps|timesteps|sigmas")
-#: Share of signal below which a noise level is as good as infinite, which no file could hold.
-_NO_SIGNAL = 1e-8
-
-
-def noise_levels(scheduler: Any, start: int = 0) -> tuple[float, ...] | None:
-    """The noise level at every step of the scheduler's grid and where the last one ends; None where it has none.
-
-    Its `sigmas` where there are any, else noise over signal from `alphas_cumprod` at its timesteps.
-
-    Args:
-        scheduler: a scheduler of diffusers on which `set_timesteps` has been called.
-        start: the first step to be taken.
-    """
-    timesteps, sigmas = scheduler.timesteps, getattr(scheduler, "sigmas", None)
-    if isinstance(sigmas, torch.Tensor) and len(sigmas) == len(timesteps) + 1:
-        return tuple(sigmas[start:].tolist())
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if not isinstance(alphas, torch.Tensor):
-        return None
-    last = torch.as_tensor(getattr(scheduler, "final_alpha_cumprod", 1.0), dtype=torch.float64).reshape(1)
-    signal = torch.cat([alphas[timesteps[start:].cpu().long()].double(), last.cpu()]).clamp(min=_NO_SIGNAL)
-    return tuple((1 / signal - 1).sqrt().tolist())
 
 
 def prediction_type(scheduler: Any) -> str:

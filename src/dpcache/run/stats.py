@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass
 
-from .adaptive import Decision
-
 
 @dataclass
 class Stats:
@@ -18,10 +16,6 @@ class Stats:
         cached_values: values held now.
         cached_bytes: bytes they take, on the device or, offloaded, in host memory.
         peak_cached_bytes: the most bytes that a generation held at any time.
-        drift: by how many times errors at the key steps of the latest generation were larger than those of the
-            calibration inputs; None where they were not compared, or too few.
-        decisions: what was found at each key step of the latest generation, and what followed; only with
-            `enable(..., adaptive=True)`.
     """
 
     generations: int = 0
@@ -32,5 +26,3 @@ class Stats:
     cached_values: int = 0
     cached_bytes: int = 0
     peak_cached_bytes: int = 0
-    drift: float | None = None
-    decisions: tuple[Decision, ...] = ()

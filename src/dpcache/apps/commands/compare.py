@@ -1,7 +1,6 @@
 """`dpcache compare`."""
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -32,7 +31,7 @@ def compare(
     calibration: CalibrationName = None,
     num_key_steps: Annotated[
         list[int] | None,
-        typer.Option("--key-steps", "-k", min=1, help="K, with --calibration; may be repeated."),
+        typer.Option("--key-steps", "-k", min=1, help="K, with --calibration or alone; may be repeated."),
     ] = None,
     steps: Annotated[
         int | None, typer.Option("--steps", "-t", min=1, help="T: that of the schedules or the calibration.")
@@ -48,29 +47,27 @@ def compare(
     After Ctrl-C the table and the report are of the inputs that were drawn by then.
 
     --json: model, num_inference_steps, num_inputs, report, and comparisons, a list, one for each schedule: schedule and
-    calibration (the one given, or null), num_key_steps, key_steps, ideal_speedup (T / K), speedup (of median times),
-    full_seconds and cached_seconds (medians), full_block_runs and cached_block_runs (null where not known), psnr_mean,
-    psnr_p5 and psnr_worst in dB (null: infinite, as the outputs are equal), ssim_mean, and samples: input, seed, psnr,
-    ssim.
+    calibration (the one given, or null; both null where nothing was measured), num_key_steps, key_steps, ideal_speedup
+    (T / K), speedup (of median times), full_seconds and cached_seconds (medians), full_block_runs and cached_block_runs
+    (null where not known), psnr_mean, psnr_p5 and psnr_worst in dB (null: infinite, as the outputs are equal),
+    ssim_mean, and samples: input, seed, psnr, ssim.
     """
-    if not schedule and calibration is None:
-        raise typer.BadParameter("give a --schedule, or a --calibration with --key-steps.")
-    if (calibration is None) != (not num_key_steps):
-        raise typer.BadParameter("--calibration and --key-steps go together: --calibration FILE -k 13 -k 9.")
+    if not schedule and not num_key_steps:
+        raise typer.BadParameter("say what to compare with: -k 13, or a --schedule, or a --calibration with -k 13.")
     if report is not None:
         check_file(report, "report", [".html"])
         from dpcache.judge.report import write_report
     fixed = _schedules(model, schedule or [], steps)
     measured = read_calibration(calibration) if calibration is not None else None
-    steps = steps or num_steps(measured if measured is not None and not fixed else fixed[0][1])
+    steps = steps or num_steps(fixed[0][1] if fixed else measured)
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=count)
     arguments = read_settings(model, settings)
     pipeline, inputs = load(model, inputs, arguments)
     for source, found in fixed:
         check(pipeline, source, found)
-    if measured is not None and calibration is not None:
-        call = {**arguments, "num_inference_steps": steps}
-        fixed += _planned(pipeline, calibration, measured, num_key_steps or [], inputs[0], call, seed)
+    if num_key_steps:
+        arguments["num_inference_steps"] = steps
+        fixed += _planned(pipeline, calibration, measured, num_key_steps, inputs[0], arguments, seed)
 
     from dpcache.judge.comparison import ComparisonInterrupted, compare_all
 
@@ -134,13 +131,12 @@ def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Tab
     found.add_column("schedule", overflow="fold")
     for heading in headings:
         found.add_column(heading, no_wrap=True)
-    names = [Path(source.name).name for source in sources]
-    short = len(set(names)) == len({source.name for source in sources})
+    short = len({source.short.name for source in sources}) == len({source.name for source in sources})
     for source, c in zip(sources, comparisons, strict=True):
         blocks = f"{c.cached_block_runs} of {c.full_block_runs}" if c.full_block_runs else "not known"
         decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
         found.add_row(
-            escape(str(replace(source, name=Path(source.name).name) if short else source)),
+            escape(str(source.short if short else source)),
             f"{c.schedule.num_key_steps} of {c.schedule.num_inference_steps}",
             blocks,
             f"{c.speedup:.2f}x",
@@ -162,21 +158,20 @@ def _schedules(model: str, names: Sequence[str], steps: int | None) -> "list[tup
 
 def _planned(
     pipeline: Any,
-    name: str,
-    calibration: "Calibration",
+    name: str | None,
+    calibration: "Calibration | None",
     budgets: Sequence[int],
     first_input: Any,
     arguments: dict[str, Any],
     seed: int,
 ) -> "list[tuple[Source, Schedule]]":
+    """What is followed with each number of key steps, planned from the calibration if there is one."""
     from dpcache.run.inputs import call_arguments, seeded
-    from dpcache.run.plans import Plans
+    from dpcache.run.plans import plans_for
 
     sources = [Source(name, budget) for budget in budgets]
     for source in sources:
         check(pipeline, source, calibration)
-    plans = [Plans(calibration, {"num_key_steps": budget}) for budget in budgets]
+    plans = [plans_for(calibration, num_key_steps=budget) for budget in budgets]
     (call,) = call_arguments([first_input], {"output_type": "np", **arguments})
-    return list(
-        zip(sources, planned(pipeline, plans, calibration.facts.boundary, seeded(pipeline, call, seed)), strict=True)
-    )
+    return list(zip(sources, planned(pipeline, plans, plans[0].boundary, seeded(pipeline, call, seed)), strict=True))

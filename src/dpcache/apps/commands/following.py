@@ -2,18 +2,21 @@
 
 import contextlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import typer
 
-from dpcache.errors import CacheStateError, ScheduleMismatchError
+from dpcache.errors import CacheStateError, GridError, ScheduleMismatchError
 
 if TYPE_CHECKING:
     from dpcache.measure.calibration import Calibration
     from dpcache.plan.schedule import Boundary, Schedule
     from dpcache.run.plans import Plans
+
+    Followed = Schedule | Calibration | None
+    """None where nothing was measured: a smooth curve."""
 
 
 @dataclass(frozen=True)
@@ -21,15 +24,23 @@ class Source:
     """Where a schedule came from.
 
     Attributes:
-        name: of a schedule, or of the calibration it was planned from, as it was typed (see `dpcache.apps.sources`).
-        num_key_steps: K, where it was planned from a calibration.
+        name: of a schedule, or of the calibration it was planned from, as it was typed (see `dpcache.apps.sources`);
+            None where nothing was measured.
+        num_key_steps: K, where it was planned from a calibration, or from nothing.
     """
 
-    name: str
+    name: str | None
     num_key_steps: int | None = None
 
     def __str__(self) -> str:
+        if self.name is None:
+            return f"-k {self.num_key_steps}, no calibration"
         return self.name if self.num_key_steps is None else f"{self.name} -k {self.num_key_steps}"
+
+    @property
+    def short(self) -> "Source":
+        """The same, without the folder."""
+        return self if self.name is None else replace(self, name=Path(self.name).name)
 
     def document(self) -> dict[str, str | None]:
         """For JSON: the name of either, None for the other."""
@@ -86,23 +97,25 @@ def is_calibration(name: str) -> bool:
     return Path(name).suffix == ".safetensors"
 
 
-def num_steps(followed: "Schedule | Calibration") -> int:
-    """T of the schedule, or of the grid that was calibrated on."""
+def num_steps(followed: "Followed") -> int:
+    """T of the schedule, or of the grid that was calibrated on; 50 where nothing says."""
+    if followed is None:
+        return 50
     return followed.facts.num_inference_steps if hasattr(followed, "facts") else followed.num_inference_steps
 
 
-def follow(pipeline: Any, source: Source, followed: "Schedule | Calibration", **how: Any) -> None:
-    """`dpcache.enable`, with its arguments, and with the source named in what it refuses."""
+def follow(pipeline: Any, source: Source, followed: "Followed") -> None:
+    """`dpcache.enable`, with the source named in what it refuses."""
     from dpcache.run.pipelines import enable
 
     planning: dict[str, Any] = {} if source.num_key_steps is None else {"num_key_steps": source.num_key_steps}
     try:
-        enable(pipeline, followed, **planning, **how)
+        enable(pipeline, followed, **planning)
     except ScheduleMismatchError as error:
         raise ScheduleMismatchError(f"{source.name}: {error}") from error
 
 
-def check(pipeline: Any, source: Source, followed: "Schedule | Calibration") -> None:
+def check(pipeline: Any, source: Source, followed: "Followed") -> None:
     """Nothing, if the pipeline can follow it; raises as `follow`."""
     from dpcache.run.pipelines import disable
 
@@ -129,7 +142,7 @@ def planned(pipeline: Any, plans: "Sequence[Plans]", boundary: "Boundary", call:
         CalibrationError, GridError, InfeasibleBudgetError: as `dpcache.enable`.
     """
     from dpcache.measure.recording import record
-    from dpcache.run.schedulers import noise_levels
+    from dpcache.plan.levels import noise_levels
 
     class Begun(Exception):
         """The first step was taken."""
@@ -137,7 +150,12 @@ def planned(pipeline: Any, plans: "Sequence[Plans]", boundary: "Boundary", call:
     def leave(step: int) -> None:
         raise Begun
 
+    def refuse(text: str, kind: str = "") -> None:
+        raise GridError(text)
+
     with contextlib.suppress(Begun):
         record(pipeline, call, boundary=boundary, on_step=leave)
-    levels = noise_levels(pipeline.scheduler)
-    return [plan.on(pipeline.scheduler, levels, 0)[0] for plan in plans]
+    scheduler = pipeline.scheduler
+    levels, size = noise_levels(scheduler), len(scheduler.timesteps)
+    found = (plan.part(scheduler, levels, size, 0, refuse) for plan in plans)
+    return [schedule for schedule in found if schedule is not None]

@@ -2,7 +2,7 @@
 
 import inspect
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,8 +17,7 @@ from .options import SCHEDULE_HELP, CalibrationName, Model, Output, PromptFile, 
 from .outputs import check_file, check_folder
 
 if TYPE_CHECKING:
-    from dpcache.measure.calibration import Calibration
-    from dpcache.plan.schedule import Schedule
+    from .following import Followed
 
 #: What files can hold.
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
@@ -31,14 +30,8 @@ def generate(
     schedule: Annotated[str | None, typer.Option("--schedule", "-s", help=f"{SCHEDULE_HELP}; none: in full.")] = None,
     calibration: CalibrationName = None,
     num_key_steps: Annotated[
-        int | None, typer.Option("--key-steps", "-k", min=1, help="K, with --calibration: steps to compute in full.")
-    ] = None,
-    adaptive: Annotated[
-        bool, typer.Option("--adaptive", help="With --calibration: let every picture choose its key steps as it goes.")
-    ] = False,
-    on_drift: Annotated[
-        Literal["warn", "full", "ignore"] | None,
-        typer.Option(help="With --calibration: what to do where it does not fit a picture [warn]."),
+        int | None,
+        typer.Option("--key-steps", "-k", min=1, help="K: steps to compute in full. Alone, no calibration is needed."),
     ] = None,
     output: Output = Path("image.png"),
     prompt_file: PromptFile = None,
@@ -62,14 +55,17 @@ def generate(
     ] = None,
     batch: Annotated[int | None, typer.Option(min=1, help="With --ray: prompts in one call [1].")] = None,
 ) -> None:
-    """Draws prompts, in full, with a schedule, or with what a calibration plans for the number of steps at hand.
+    """Draws prompts: in full, with -k alone, with a schedule, or with what a calibration plans for the steps at hand.
+
+    With -k 13, 13 steps are computed in full, on a smooth curve, and the others predicted; nothing has to be measured.
 
     Several pictures are numbered: image-0.png, image-1.png, ... Their suffix makes them PNG, JPEG, WebP or GIF. A PNG
     file is kept that was drawn before by the same model, with the same prompt, seed, settings and schedule.
 
-    --json: model, schedule, calibration (the one given, or null), num_inference_steps, and pictures, a list of file,
-    input, seed, seconds, computed_steps (null where all were), and kept (whether it was there already). With --ray:
-    model, schedule, output, index (the file that tells what became of each prompt), num_prompts and num_pictures.
+    --json: model, schedule and calibration (the one given, or null), num_key_steps (null with a schedule or in full),
+    num_inference_steps, and pictures, a list of file, input, seed, seconds, computed_steps (null where all were), and
+    kept (whether it was there already). With --ray: model, schedule, output, index (the file that tells what became of
+    each prompt), num_prompts and num_pictures.
     """
     if ray is not None:
         if calibration is not None or num_key_steps is not None:
@@ -93,8 +89,6 @@ def generate(
         raise typer.BadParameter("--workers, --gpus-per-worker and --batch are for --ray.")
     check_file(output, "picture", PICTURES)
     followed = _followed(model, schedule, calibration, num_key_steps, steps)
-    if calibration is None and (adaptive or on_drift is not None):
-        raise typer.BadParameter("--adaptive and --on-drift go with --calibration FILE -k 13.")
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=1, seed=seed)
     arguments = read_settings(model, settings)
     pipeline, inputs = load(model, inputs, arguments)
@@ -104,16 +98,15 @@ def generate(
             f"{output.with_suffix('.gif')} (or {', '.join(CLIPS)})."
         )
     if followed is not None:
-        how: dict[str, Any] = {} if calibration is None else {"adaptive": adaptive, "on_drift": on_drift}
-        source, plan = followed
-        follow(pipeline, source, plan, **how)
+        follow(pipeline, *followed)
     arguments["num_inference_steps"] = steps or (num_steps(followed[1]) if followed is not None else 50)
-    told = _told_apart(followed, adaptive, on_drift)
+    told = _told_apart(followed)
     pictures = draw(pipeline, inputs, {"output_type": "np", **arguments}, output, seed=seed, model=model, followed=told)
     terminal.result(
         {
             "model": model,
             **(followed[0].document() if followed is not None else {"schedule": None, "calibration": None}),
+            "num_key_steps": num_key_steps,
             "num_inference_steps": arguments["num_inference_steps"],
             "pictures": pictures,
         },
@@ -128,16 +121,18 @@ def generate(
 
 def _followed(
     model: str, schedule: str | None, calibration: str | None, num_key_steps: int | None, steps: int | None
-) -> "tuple[Source, Schedule | Calibration] | None":
+) -> "tuple[Source, Followed] | None":
     if schedule is not None and calibration is not None:
         raise typer.BadParameter("give --schedule or --calibration, not both.")
-    if (calibration is None) != (num_key_steps is None):
-        raise typer.BadParameter("--calibration and --key-steps go together: --calibration FILE -k 13.")
+    if calibration is not None and num_key_steps is None:
+        raise typer.BadParameter("say for how many key steps to plan: --calibration FILE -k 13.")
+    if schedule is not None and num_key_steps is not None:
+        raise typer.BadParameter("a schedule has its key steps: leave out -k, or leave out --schedule.")
     if schedule is not None:
         return Source(schedule), read_schedule(schedule, steps, model=model)
     if calibration is not None:
         return Source(calibration, num_key_steps), read_calibration(calibration)
-    return None
+    return None if num_key_steps is None else (Source(None, num_key_steps), None)
 
 
 def _for_ray(model: str, prompts: list[str] | None, file: Path | None, output: Path) -> Any:
@@ -153,8 +148,8 @@ def _for_ray(model: str, prompts: list[str] | None, file: Path | None, output: P
     return read_inputs(model, prompts, file, held_out=True, count=1)
 
 
-def _told_apart(followed: "tuple[Source, Schedule | Calibration] | None", adaptive: bool, on_drift: str | None) -> Any:
-    """What of a schedule or calibration a picture depends on."""
+def _told_apart(followed: "tuple[Source, Followed] | None") -> Any:
+    """What of a schedule, calibration or number of key steps a picture depends on."""
     from dpcache.integrations.folder import told_apart
     from dpcache.plan.schedule import Schedule
 
@@ -163,4 +158,5 @@ def _told_apart(followed: "tuple[Source, Schedule | Calibration] | None", adapti
     source, found = followed
     if isinstance(found, Schedule):
         return told_apart(found)
-    return [found.facts.model_dump(mode="json"), found.gram, source.num_key_steps, adaptive, on_drift]
+    measured = [] if found is None else [found.facts.model_dump(mode="json"), found.gram]
+    return [*measured, source.num_key_steps]
