@@ -18,7 +18,7 @@ from dpcache.plan.corrections import corrected
 from dpcache.plan.costs import CostTensor, sampler_cost, schedule_cost
 from dpcache.plan.grids import Frame, NoiseGrid, frame, left_out_error
 from dpcache.plan.planner import Plan, checked_budget, plan, plan_all
-from dpcache.plan.predictors import Fitted, Predictor, Taylor, chosen_ridge
+from dpcache.plan.predictors import Fitted, Predictor, Taylor, Trend, chosen_ridge
 from dpcache.plan.recipe import RECIPE_FIELDS, PredictorName, Recipe, require_recipe
 from dpcache.plan.schedule import Schedule
 
@@ -85,12 +85,14 @@ class Calibration(HubFile):
         return len(self.probes) > 0
 
     def predictor(self, name: PredictorName = "taylor", order: int | None = None) -> Predictor:
-        """What predicts: `"taylor"`, or `"fitted"` to the values of this calibration (see `Recipe`).
+        """What predicts: `"taylor"`, `"trend"`, or `"fitted"` to the values of this calibration (see `Recipe`).
 
         Raises:
-            ValueError: another name, or a negative order.
+            ValueError: another name, a negative order, or one that the predictor does not have.
         """
         Recipe(predictor=name, order=order)  # says what is wrong with them
+        if name == "trend":
+            return Trend()
         order = self.facts.order if order is None else order
         if name == "taylor":
             return Taylor(order)
@@ -146,7 +148,7 @@ class Calibration(HubFile):
                 )
             return self.paper_cost
         if key not in self._sampler_costs:
-            predictor, weights = self.predictor(recipe.predictor, order), self.weights(recipe.measured)
+            predictor, weights = self.predictor(recipe.predictor, recipe.order), self.weights(recipe.measured)
             self._sampler_costs[key] = sampler_cost(self.gram, weights, predictor, power=recipe.power)
         return self._sampler_costs[key]
 

@@ -5,7 +5,7 @@ from typing import Any, Literal, Self, get_args
 
 from dpcache.checks import number, one_of, whole
 
-PredictorName = Literal["taylor", "fitted"]
+PredictorName = Literal["taylor", "trend", "fitted"]
 Method = Literal["sampler", "paper"]
 Objective = Literal["sum", "max"]
 
@@ -16,7 +16,8 @@ class Recipe:
 
     Attributes:
         predictor: what predicts skipped steps. `"taylor"`, a Taylor series of differences between key steps, needs no
-            fitting; `"fitted"` has the least mean square error on the calibration's inputs, which is better with many
+            fitting; `"trend"`, a line that bends to a halt (see `plan.predictors.Trend`), of order 1, is safer where key
+            steps are few and errors large; `"fitted"` has the least mean square error on the calibration's inputs, which is better with many
             inputs and few key steps, and worse on inputs unlike them.
         order: of the prediction, 0 or more: one less than the number of key steps it uses. Higher orders follow curves
             more closely, magnify rounding and noise, and hold one more value in memory each. None: that of the
@@ -74,6 +75,8 @@ class Recipe:
             value = getattr(self, name)
             if value is not None or name == "last_key_steps":
                 object.__setattr__(self, name, whole(name, value, least))
+        if self.predictor == "trend" and self.order not in (None, 1):
+            raise ValueError(f"the trend is of order 1, got {self.order}: leave the order out.")
         if self.correct is not None and not isinstance(self.correct, bool):
             raise TypeError(f"correct must be True, False or None, got {self.correct!r}.")
 
