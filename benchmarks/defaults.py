@@ -1,0 +1,176 @@
+"""What each default reaches at every K, beside the plain ways: is any of them ever worse than doing nothing clever?
+
+    python -m benchmarks.defaults                               # every model, K = 4 to 20, then docs/defaults.md
+    python -m benchmarks.defaults hard-flux -k 5 9 13 --inputs 16
+    python -m benchmarks.defaults --resume                      # go on after an interruption
+    python -m benchmarks.defaults --page-only                   # the page from the figures already measured
+
+Writes benchmarks/results/defaults_<model>.json and docs/defaults.md.
+"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from tqdm.auto import tqdm
+
+import dpcache
+from benchmarks.subjects import RESULTS, ROOT, STEPS, Row, Subject, plain, rounded, scores, table
+from dpcache.zoo import BUNDLED
+
+KEY_STEPS = tuple(range(4, 21))
+CALIBRATED = 10
+BUDGET = 60
+"""Of `optimize`, full runs for each K."""
+GRACE = 0.3
+"""Of the best plain way, dB: less than two seeds differ by."""
+EVEN = {f"even spacing, order {order}": order for order in (0, 1, 2)}
+FEWER = "K steps of the sampler"
+PLAIN = (*EVEN, FEWER)
+DEFAULTS = ("no calibration", "one plan", "optimize")
+PAPER = "the paper's plan"
+
+
+class Measured:
+    """One model: schedules by way and K, and what they reach."""
+
+    def __init__(self, model: str, inputs: int, key_steps: Sequence[int], steps: int, budget: int, path: Path) -> None:
+        self.subject = Subject(model, inputs)
+        self.key_steps, self.steps, self.budget, self.path = key_steps, steps, budget, path
+        self.full, _ = self.subject.draw(steps=steps)
+        self.rows: list[Row] = []
+        self._calibration: dpcache.Calibration | None = None
+        self._optimized: dict[int, dpcache.Schedule] = {}
+
+    def run(self, *, resume: bool) -> None:
+        """Every way at every K, written to the file after each row."""
+        if resume and self.path.exists():
+            self.rows = json.loads(self.path.read_text())["rows"]
+        done = {(row["way"], row["k"]) for row in self.rows}
+        for way in (*PLAIN, *DEFAULTS, PAPER):
+            for k in self.key_steps:
+                if (way, k) not in done and k <= self.steps:
+                    self._add(way, k)
+
+    def _add(self, way: str, k: int) -> None:
+        if way == FEWER:
+            schedule, (pictures, _) = None, self.subject.draw(steps=k)
+        else:
+            schedule = self._schedule(way, k)
+            pictures, _ = self.subject.draw(schedule, self.steps)
+        row = {"way": way, "k": k, **scores(self.full, pictures)}
+        if schedule is not None:
+            row |= {"key_steps": schedule.key_steps, "predictor": str(schedule.predictor), "source": schedule.source}
+        self.rows.append(json.loads(json.dumps(row, default=plain)))
+        tqdm.write(f"{self.subject.model.name}: {way}, K = {k}: {row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        head = {"model": self.subject.model.name, "inputs": len(self.subject.inputs), "steps": self.steps}
+        self.path.write_text(json.dumps(rounded({**head, "budget": self.budget, "rows": self.rows}), indent=1) + "\n")
+
+    def _schedule(self, way: str, k: int) -> dpcache.Schedule:
+        if way in EVEN:
+            return dpcache.Schedule.uniform(k, self.steps, order=EVEN[way])
+        if way == "no calibration":
+            return dpcache.Schedule.smooth(k, self.steps, boundary="output")
+        if way == "optimize":
+            return self._optimize()[k]
+        recipe = dpcache.Recipe(method="paper") if way == PAPER else dpcache.Recipe()
+        return self._calibrate().plan(k, recipe=recipe)
+
+    def _calibrate(self) -> dpcache.Calibration:
+        if self._calibration is None:
+            inputs = self.subject.model.calibration_inputs(CALIBRATED)
+            call = {"num_inference_steps": self.steps, **self.subject.model.call_defaults}
+            self._calibration = dpcache.calibrate(self.subject.pipe, inputs, progress=False, **call)
+        return self._calibration
+
+    def _optimize(self) -> dict[int, dpcache.Schedule]:
+        """One search a K, each with its own budget, so that a K says what `optimize` reaches for it."""
+        for k in self.key_steps if not self._optimized else ():
+            self._optimized[k] = dpcache.optimize(
+                self.subject.pipe,
+                self.subject.model.calibration_inputs(2 * CALIBRATED),
+                num_key_steps=k,
+                budget=self.budget,
+                num_inference_steps=self.steps,
+                progress=False,
+                **self.subject.model.call_defaults,
+            )
+        return self._optimized
+
+
+ABOUT = """# Every default at every K
+
+Made by `python -m benchmarks.defaults` (`make bench`). PSNR against the full run of {steps} steps, in float, mean (5th
+percentile) in dB over {inputs} held-out inputs. The last column is the best of the plain ways, in the mean and in the
+5th percentile each: even spacing with orders 0, 1 and 2, and K steps of the sampler. **Bold** is more than {grace} dB
+below it, a miss. No calibration is excused on the easy models, where a plan knows what nothing can guess.
+
+- *no calibration*: `enable(pipe, num_key_steps=K)`, a smooth curve and the trend, at the denoiser's output.
+- *one plan*: `calibrate` on {calibrated} inputs, then `plan(K)`.
+- *optimize*: with a budget of {budget} full runs for each K.
+"""
+
+
+def page(results: Sequence[Row]) -> str:
+    """The page of all models, the hard ones first."""
+    first = results[0]
+    about = ABOUT.format(
+        steps=first["steps"], inputs=first["inputs"], grace=GRACE, calibrated=CALIBRATED, budget=first["budget"]
+    )
+    return "\n".join([about, *(_section(result) for result in results)])
+
+
+def _section(result: Row) -> str:
+    found = {(row["way"], row["k"]): row for row in result["rows"]}
+    ways = [way for way in (*DEFAULTS, PAPER) if any(way == known for known, _ in found)]
+    regime = "hard" if result["model"].startswith("hard") else "easy"
+    body, misses = [], 0
+    for k in sorted({k for _, k in found}):
+        plain_rows = [found[way, k] for way in PLAIN if (way, k) in found]
+        floor = [max(row[name] for row in plain_rows) for name in ("psnr_mean", "psnr_p5")]
+        cells = []
+        for way in ways:
+            row = found.get((way, k))
+            below = row is not None and (row["psnr_mean"] < floor[0] - GRACE or row["psnr_p5"] < floor[1] - GRACE)
+            counted = way in DEFAULTS and not (regime == "easy" and way == "no calibration")
+            misses += below and counted
+            text = "" if row is None else f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
+            cells.append(f"**{text}**" if below and counted else text)
+        best = max(plain_rows, key=lambda row: row["psnr_mean"])["way"]
+        body.append([k, *cells, f"{floor[0]:.1f} ({floor[1]:.1f})", best])
+    head = ["K", *ways, "best plain way", "which (mean)"]
+    asked = f"{misses} misses" if misses != 1 else "1 miss"
+    return f"## {result['model']} ({regime})\n\n{asked}.\n\n{table(head, body)}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="example: python -m benchmarks.defaults hard-flux -k 5 9 13 --inputs 16",
+    )
+    parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(BUNDLED)} (default: all)")
+    parser.add_argument("-k", "--key-steps", type=int, nargs="+", default=KEY_STEPS, help="K (default 4 to 20)")
+    parser.add_argument("--inputs", type=int, default=64, help="held-out inputs (default 64)")
+    parser.add_argument("--steps", type=int, default=STEPS, help="T (default 50)")
+    parser.add_argument("--budget", type=int, default=BUDGET, help="of optimize, full runs (default 60)")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the figures")
+    parser.add_argument("--resume", action="store_true", help="keep the rows that are measured already")
+    parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page")
+    options = parser.parse_args()
+    if unknown := set(options.models) - set(BUNDLED):
+        parser.error(f"no bundled model named {', '.join(sorted(unknown))}; there are {', '.join(BUNDLED)}")
+    for model in () if options.page_only else options.models or BUNDLED:
+        path = options.out / f"defaults_{model}.json"
+        sizes = (options.inputs, options.key_steps, options.steps, options.budget)
+        Measured(model, *sizes, path).run(resume=options.resume)
+    paths = [options.out / f"defaults_{model}.json" for model in BUNDLED]
+    results = [json.loads(path.read_text()) for path in paths if path.exists()]
+    written = ROOT / "docs" / "defaults.md" if options.out == RESULTS else options.out / "defaults.md"
+    written.write_text(page(results))
+    print(f"wrote {written}")
+
+
+if __name__ == "__main__":
+    main()
