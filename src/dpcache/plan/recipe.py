@@ -16,9 +16,9 @@ class Recipe:
 
     Attributes:
         predictor: what predicts skipped steps. `"taylor"`, a Taylor series of differences between key steps, needs no
-            fitting; `"trend"`, a line that bends to a halt (see `plan.predictors.Trend`), of order 1, is safer where key
-            steps are few and errors large; `"fitted"` has the least mean square error on the calibration's inputs, which is better with many
-            inputs and few key steps, and worse on inputs unlike them.
+            fitting; nor does `"trend"`, a line that bends to a halt (see `plan.predictors.Trend`), of order 1, which is
+            safer where key steps are few and errors large; `"fitted"` has the least mean square error on the
+            calibration's inputs, which is better with many inputs and few key steps, and worse on inputs unlike them.
         order: of the prediction, 0 or more: one less than the number of key steps it uses. Higher orders follow curves
             more closely, magnify rounding and noise, and hold one more value in memory each. None: that of the
             calibration.
