@@ -194,8 +194,8 @@ ABOUT = """# What each part of planning was worth
 
 Made by `python -m benchmarks.worth` with the package as it was at commit 46a1e8d (how: the head of that file). PSNR
 against the full run of 50 steps, in float, mean (5th percentile) in dB, over {inputs} held-out inputs of each seed:
-other calibration inputs, other held-out noise. Boundary `"blocks"`. The gain is over the line that the part is added to,
-mean (5th percentile), averaged over the seeds.
+other calibration inputs, other held-out noise. Boundary `"blocks"`. The gain is over the line that the part is added
+to, mean (5th percentile), averaged over the seeds.
 """
 
 
