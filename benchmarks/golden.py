@@ -283,6 +283,9 @@ def page(found: Sequence[Ranks]) -> str:
         f"its own rule. The target is {NEAR} for the golden path and for what search found. All of the published ones "
         "end with 49, which was forced; at that place alone the curve is up to five steps away.\n",
         table(["K", "the curve", "the other", "key steps of the other", "steps a key"], distances()),
+        "## As ready-made schedules\n",
+        "The golden path and the searched ones for 13 and 21 are the schedules that ship for FLUX.1-dev: see "
+        "[without a calibration](choosing-k.md#without-a-calibration).\n",
     ]
     return "\n".join(parts)
 
