@@ -1,4 +1,4 @@
-"""Ready-made schedules: optimal on the published costs, for the published model, run on a pipeline of its structure."""
+"""Ready-made schedules: as published, for the published model, run on a pipeline of its structure."""
 
 import json
 import sys
@@ -67,7 +67,8 @@ def pipe(small) -> Any:
 @pytest.fixture
 def for_small(pipe, tmp_path, monkeypatch):
     """The same schedules, by the same command, for the small model's configuration instead of the published one."""
-    making.written(making.builtin(identify([pipe.transformer])), tmp_path / "schedules")
+    for make in (making.from_runs, making.from_paper_cost):
+        making.written(make(identify([pipe.transformer])), tmp_path / "schedules")
     monkeypatch.setattr(builtin, "FOLDER", tmp_path / "schedules")
     builtin.builtins.cache_clear()
     yield
@@ -75,16 +76,59 @@ def for_small(pipe, tmp_path, monkeypatch):
 
 
 def test_the_command_makes_what_is_shipped(tmp_path):
-    made = making.written(making.builtin(making.flux1_dev()), tmp_path)
-    assert made.read_text() == (builtin.FOLDER / made.name).read_text()
+    for make in (making.from_runs, making.from_paper_cost):
+        made = making.written(make(making.flux1_dev()), tmp_path)
+        assert made.read_text() == (builtin.FOLDER / made.name).read_text()
 
 
-def test_every_plan_is_optimal_on_the_published_costs():
+def test_what_there_is():
+    assert dpcache.Schedule.builtin_names() == {
+        "flux1-dev": tuple(range(5, 26)),
+        "flux1-dev-paper-cost": tuple(range(7, 26)),
+    }
+    assert builtin.builtin_of(FLUX1_DEV) == "flux1-dev"
+    for name, there in dpcache.Schedule.builtin_names().items():
+        for k in there:
+            assert schedule_from(f"builtin:{name}:{k}") == dpcache.Schedule.builtin(name, k)
+    assert schedule_from("builtin:9", FLUX1_DEV) == dpcache.Schedule.builtin("flux1-dev", 9)
+
+
+def test_what_real_runs_found_is_as_published():
+    runs = json.loads((REFERENCE / "flux1_dev_t50_real_runs.json").read_text())
+    expected = {9: runs["exhaustive"]["best"]}
+    expected |= {k: runs["by_method"][str(k)]["budcache_search"] for k in (13, 21)}
+    for k in range(5, 26):
+        schedule = dpcache.Schedule.builtin("flux1-dev", k)
+        assert (schedule.num_key_steps, schedule.num_inference_steps, schedule.cost) == (k, 50, None)
+        assert (schedule.predictor, schedule.order, schedule.boundary) == ("taylor", 0, "blocks")
+        assert all(len(terms) == 1 and terms[0].coefficient == 1 for terms in schedule.predictions.values())
+        assert "arXiv 2609.39343" in schedule.source and "0, 1, 2 and 49 forced" in schedule.source
+        assert (schedule.key_steps[0], schedule.key_steps[-1]) == (0, 49)
+        assert ("not run; " in schedule.source) == (k not in expected)
+        if k in expected:
+            assert list(schedule.key_steps) == expected[k]
+    best = dpcache.Schedule.builtin("flux1-dev", 9)
+    assert best.key_steps == (0, 1, 2, 4, 6, 11, 24, 41, 49)
+    assert "22.75 dB" in best.source and "20.94 dB on 7,151 other runs" in best.source
+    assert "between the published ones for 9 and 13" in dpcache.Schedule.builtin("flux1-dev", 11).source
+    assert "along the curve of the published one for 21" in dpcache.Schedule.builtin("flux1-dev", 25).source
+
+
+def test_between_published_ones_key_steps_go_from_one_to_the_other():
+    published = {3: (0, 2, 8), 5: (0, 1, 2, 4, 8)}
+    assert making.between(published, 3, 9) == (0, 2, 8)
+    assert making.between(published, 4, 9) == (0, 1, 4, 8)  # at a third and two thirds: 1.33 and 4, 1.33 and 3.33
+    assert making.between(published, 2, 9) == (0, 8)
+    assert making.between(published, 9, 9) == tuple(range(9))
+    found = {k: making.between({5: (0, 1, 2, 3, 40)}, k, 50) for k in range(2, 51)}
+    assert all(len(keys) == k and np.diff(keys).min() >= 1 and keys[-1] < 50 for k, keys in found.items())
+
+
+def test_every_plan_by_cost_is_optimal_on_the_published_costs():
     cost = np.load(REFERENCE / "flux1_dev_t50_cost.npz")["cost"]
     published = json.loads((REFERENCE / "flux1_dev_t50_schedules.json").read_text())
-    assert dpcache.Schedule.builtin_names() == {"flux1-dev": tuple(range(7, 26))}
     for k in range(7, 26):
-        schedule = dpcache.Schedule.builtin("flux1-dev", num_key_steps=k)
+        schedule = dpcache.Schedule.builtin("flux1-dev-paper-cost", num_key_steps=k)
         assert (schedule.num_key_steps, schedule.num_inference_steps) == (k, 50)
         assert (schedule.predictor, schedule.order, schedule.boundary) == ("taylor", 2, "blocks")
         assert schedule.cost == pytest.approx(published["by_full_steps"][str(k)]["optimal_cost"], rel=1e-9)
@@ -119,8 +163,8 @@ def test_blocks_run_as_often_as_there_are_key_steps(pipe, for_small):
     blocks = len(pipe.transformer.transformer_blocks) + len(pipe.transformer.single_transformer_blocks)
     assert blocks == 19 + 38
     assert pipe.transformer.config.guidance_embeds and pipe.scheduler.config.use_dynamic_shifting
-    for k in (7, 13):
-        schedule = dpcache.Schedule.builtin("flux1-dev", num_key_steps=k)
+    for name, k in (("flux1-dev", 9), ("flux1-dev-paper-cost", 13)):
+        schedule = dpcache.Schedule.builtin(name, num_key_steps=k)
         with dpcache.enabled(pipe, schedule), count_block_runs([pipe.transformer]) as count:
             output = pipe(PROMPT, generator=torch.Generator().manual_seed(0), output_type="np", **CALL).images
             assert dpcache.stats(pipe).computed_steps == schedule.key_steps
@@ -165,9 +209,16 @@ def test_show_lists_them(monkeypatch, capsys):
     assert code == 0
     assert FLUX1_DEV in out and "cost tensor published for FLUX.1-dev" in out and "arXiv 2602.22654" in out
     rows = [line.split() for line in out.splitlines() if "█" in line]
-    assert [int(row[0]) for row in rows] == list(range(7, 26))
+    assert [int(row[0]) for row in rows] == [*range(5, 26), *range(7, 26)]
     assert all(row[-1].count("█") == int(row[0]) for row in rows)
+    assert [row[2] == "-" for row in rows] == [True] * 21 + [False] * 19
+    assert "K = 9: run: the best of all 1,370,754 schedules" in out and "K = 13, 21: run: found by a search" in out
+    assert "K = 10, 11, 12: between the published ones for 9 and 13 key steps, not run" in out
+    assert " ".join(out.split()).count(f"or builtin:K with {FLUX1_DEV}") == 1
     code, out, _ = type_in(monkeypatch, capsys, "show", "builtin:flux1-dev:13")
+    assert code == 0
+    assert "13 of 50 steps in full (0, 1, 2, 3, 4, 6, 11, 15, 21, 29, 39, 45, 49)" in out
+    code, out, _ = type_in(monkeypatch, capsys, "show", "builtin:flux1-dev-paper-cost:13")
     assert code == 0
     assert "13 of 50 steps in full (0, 1, 2, 4, 7, 10, 14, 19, 23, 28, 34, 40, 45)" in out
 
@@ -179,8 +230,9 @@ def test_show_lists_them(monkeypatch, capsys):
         ("builtin:13", None, "say builtin:NAME:K"),
         ("builtin", FLUX1_DEV, "is not builtin:K or builtin:NAME:K"),
         ("builtin:flux9:13", None, "named 'flux9': there are flux1-dev"),
-        ("builtin:26", FLUX1_DEV, "have 7 to 25 key steps, not 26"),
-        ("builtin:flux1-dev:6", None, "have 7 to 25 key steps, not 6"),
+        ("builtin:26", FLUX1_DEV, "have 5 to 25 key steps, not 26"),
+        ("builtin:flux1-dev:4", None, "have 5 to 25 key steps, not 4"),
+        ("builtin:flux1-dev-paper-cost:6", None, "have 7 to 25 key steps, not 6"),
     ],
 )
 def test_what_there_is_not(text, model, message):

@@ -278,7 +278,7 @@ def files(tmp_path_factory):
         ("show builtin:13", 1, "say builtin:NAME:K"),
         ("show held/five.json -s held", 2, "point at plans of a calibration"),
         ("show held", 1, "it holds five.json: name one behind a slash"),
-        ("export builtin:flux1-dev:99 --to sglang", 1, "have 7 to 25 key steps, not 99"),
+        ("export builtin:flux1-dev:99 --to sglang", 1, "have 5 to 25 key steps, not 99"),
         ("calibrate tiny-flax ring", 1, "did you mean tiny-flux?"),
         ("calibrate some/model", 2, "give prompts"),
         ("calibrate tiny-flux --prompts missing.txt", 1, "missing.txt: No such file"),

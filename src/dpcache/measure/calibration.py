@@ -2,6 +2,7 @@
 
 import math
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -22,6 +23,7 @@ from dpcache.plan.predictors import Fitted, Predictor, Taylor, Trend, chosen_rid
 from dpcache.plan.recipe import RECIPE_FIELDS, PredictorName, Recipe, require_recipe
 from dpcache.plan.schedule import Schedule
 
+from .anchor_limit import farthest_anchor, forbids_good_gaps
 from .calibration_file import TENSORS, Facts, read, write
 from .interpolation import asked_grid, interpolated, on_grid
 
@@ -198,6 +200,8 @@ class Calibration(HubFile):
             there = self.on_grid(num_inference_steps, scheduler=scheduler)
         budget = there._budget(num_key_steps, speedup, max_error, recipe)
         found = plan(there.cost(recipe), budget, **_limits(recipe), objective=recipe.objective)
+        if recipe.method == "paper":
+            _warn_of_anchor_limit(budget, there.facts.num_inference_steps, recipe)
         schedule = there.schedule(found.key_steps, recipe)
         source = (
             f"planned by {recipe.method} cost from {self.facts.num_inputs} calibration inputs{there._interpolated()}"
@@ -413,3 +417,13 @@ def _limits(recipe: Recipe) -> dict[str, Any]:
         "last_key_steps": recipe.last_key_steps,
         "max_gap": recipe.max_gap,
     }
+
+
+def _warn_of_anchor_limit(num_key_steps: int, num_steps: int, recipe: Recipe) -> None:
+    if num_key_steps > recipe.forced_first and forbids_good_gaps(num_key_steps, num_steps):
+        warnings.warn(
+            f'method="paper" keeps key steps within {farthest_anchor(num_steps)} steps of each other, which forbids '
+            f"good schedules with {num_key_steps} of {num_steps}: plan with "
+            'Recipe(method="sampler"), which has no such limit.',
+            stacklevel=3,
+        )

@@ -10,10 +10,9 @@ from dpcache.checks import number, whole
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.predictors import taylor_coefficients
 
+from .anchor_limit import ANCHOR_LIMIT, farthest_anchor
 from .taylor_errors import Errors
 
-#: Of the T steps, how far apart a key step and the one before it may be in the paper's tensor.
-ANCHOR_LIMIT = 0.3
 #: Weight of the extrapolation (against the mean) in the value that stands in for the sentinel step T.
 SENTINEL_ALPHA = 0.8
 
@@ -36,7 +35,8 @@ def paper_cost(
         order: order n of the Taylor prediction, 0 or more.
         sentinel_alpha: the value at step T is alpha x (Taylor extrapolation from the last n + 1 steps)
             + (1 - alpha) x (their mean).
-        anchor_limit: entries with j - i > anchor_limit x T are infinite.
+        anchor_limit: entries with j - i > anchor_limit x T are infinite. With few key steps that forbids good schedules
+            (see `anchor_limit.forbids_good_gaps`); 1 is no limit.
         device: where to compute; by default where the features are. They are moved there some columns at a time, and
             the errors come back once, at the end.
 
@@ -61,7 +61,7 @@ def paper_cost(
     anchors: dict[int, range] = {}
     for j in range(order, steps):
         # An order-0 prediction reads j alone, whatever came before it: every anchor has the same history.
-        first = max(order - 1, j - int(anchor_limit * steps + 1e-9), 0)
+        first = max(order - 1, j - farthest_anchor(steps, anchor_limit), 0)
         anchors[j] = range(first, max(j, first + 1))
     last = range(steps - order - 1, steps)
     sentinel = sentinel_alpha * taylor_coefficients(last, steps, order) + (1 - sentinel_alpha) / len(last)

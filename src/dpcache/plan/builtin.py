@@ -1,4 +1,4 @@
-"""Ready-made schedules that ship with the package: planned from costs published for a model, no calibration needed."""
+"""Ready-made schedules that ship with the package: found or planned from what was published for a model."""
 
 from functools import cache
 from pathlib import Path
@@ -21,7 +21,12 @@ class BuiltinPlan(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     key_steps: tuple[int, ...] = Field(description="Steps at which the denoiser runs in full.")
-    cost: float = Field(description="What the plan costs, in the unit of the published cost tensor.")
+    cost: float | None = Field(
+        default=None, description="What the plan costs, in the unit of the published cost tensor, if it is from one."
+    )
+    source: str | None = Field(
+        default=None, description="How this one came about, where the plans did not all come about in one way."
+    )
 
 
 class Builtin(BaseModel):
@@ -34,16 +39,16 @@ class Builtin(BaseModel):
     model: ModelIdentity = Field(description="Their denoiser.")
     num_inference_steps: int = Field(description="T.")
     boundary: Literal["blocks", "output"] = Field(description="What is cached and predicted.")
-    order: int = Field(description="Of the Taylor prediction.")
-    source: str = Field(description="Where the costs come from, and how the plans were made from them.")
+    order: int = Field(description="Of the Taylor prediction; 0 reuses the last computed value.")
+    source: str = Field(description="Where the plans come from, all of them.")
     plans: dict[int, BuiltinPlan] = Field(description="By number of key steps.")
 
 
 @cache
 def builtins() -> dict[str, Builtin]:
-    """What ships with the package, by name."""
-    found = [Builtin.model_validate_json(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))]
-    return {one.name: one for one in found}
+    """What ships with the package, by name; of several for one model, the one to use comes first."""
+    found = [Builtin.model_validate_json(path.read_text(encoding="utf-8")) for path in FOLDER.glob("*.json")]
+    return {one.name: one for one in sorted(found, key=lambda one: one.name)}
 
 
 def builtin_schedule(name: str, num_key_steps: int) -> Schedule:
@@ -69,12 +74,12 @@ def builtin_schedule(name: str, num_key_steps: int) -> Schedule:
         boundary=one.boundary,
         model=one.model,
         cost=plan.cost,
-        source=one.source,
+        source=f"{plan.source}; {one.source}" if plan.source else one.source,
     )
 
 
 def builtin_of(model: str) -> str:
-    """Name of the ready-made schedules for a model, given its hub id.
+    """Name of the ready-made schedules for a model, given its hub id: the first of them, if there are several.
 
     Raises:
         UnknownModelError: there are none for it.

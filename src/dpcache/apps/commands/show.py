@@ -60,17 +60,24 @@ def show(
 
 
 def _show_builtin() -> None:
-    from dpcache.plan.builtin import builtins
+    from dpcache.plan.builtin import builtin_of, builtins
 
     words: list[Any] = []
     for one in builtins().values():
         steps = one.num_inference_steps
         table = Table("K", "T/K", "cost", title=f"{one.name}: {', '.join(one.models)}, {steps} steps", box=SIMPLE_HEAD)
         table.add_column("key steps", no_wrap=True)
+        by_source: dict[str, list[str]] = {}
         for k, plan in one.plans.items():
-            table.add_row(str(k), f"{steps / k:.2f}", f"{plan.cost:.1f}", _strip(plan.key_steps, steps))
-        table.caption = f"--schedule builtin:{one.name}:K, or builtin:K with {one.models[0]}"
-        words += [table, f"source: {one.source}"]
+            cost = "-" if plan.cost is None else f"{plan.cost:.1f}"
+            table.add_row(str(k), f"{steps / k:.2f}", cost, _strip(plan.key_steps, steps))
+            if plan.source:
+                by_source.setdefault(plan.source, []).append(str(k))
+        first = all(builtin_of(model) == one.name for model in one.models)
+        short = f", or builtin:K with {one.models[0]}" if first else ""
+        table.caption = f"--schedule builtin:{one.name}:K{short}"
+        words += [table, *(f"K = {', '.join(those)}: {source}" for source, those in by_source.items())]
+        words.append(f"source: {one.source}")
     terminal.result(
         {"kind": "builtin", "builtin": [one.model_dump(mode="json") for one in builtins().values()]}, *words
     )
