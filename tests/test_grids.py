@@ -185,7 +185,7 @@ def test_what_cannot_be_interpolated_is_told(flux, calibration):
     refused("returns flow_prediction, the scheduler takes epsilon", lambda: low.on_grid(scheduler=other))
     with pytest.raises(ValueError, match="give one of"):
         low.on_grid()
-    with pytest.raises(TypeError, match="num_key_steps can be given with a calibration only"):
+    with pytest.raises(TypeError, match="a schedule is planned already: num_key_steps"):
         dpcache.enable(flux, low.plan(4), num_key_steps=4)
     with pytest.raises(ValueError, match="one of num_key_steps, speedup and max_error"):
         dpcache.enable(flux, low)

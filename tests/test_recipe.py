@@ -13,7 +13,7 @@ from tests.test_hub import made_calibration
 @pytest.mark.parametrize(
     ("fields", "error", "message"),
     [
-        ({"predictor": "tailor"}, ValueError, 'predictor must be "taylor" or "fitted", got \'tailor\''),
+        ({"predictor": "tailor"}, ValueError, 'predictor must be "taylor", "trend" or "fitted", got \'tailor\''),
         ({"method": "magic"}, ValueError, 'method must be "sampler" or "paper", got \'magic\''),
         ({"objective": None}, ValueError, 'objective must be "sum" or "max", got None'),
         ({"order": -1}, ValueError, "order must be 0 or more, got -1"),
@@ -72,9 +72,9 @@ def test_unknown_arguments_are_told_from_the_known(call, message):
 
 
 def test_the_defaults_of_a_recipe_depend_on_its_method():
-    assert (Recipe().forced_first, Recipe().corrects) == (1, True)
-    assert (Recipe(method="paper").forced_first, Recipe(method="paper").corrects) == (3, False)
+    assert Recipe().forced_first == 1
+    assert Recipe(method="paper").forced_first == 3
     calibration = made_calibration()
-    assert calibration.plan(5) == calibration.plan(5, recipe=Recipe(order=calibration.facts.order))
+    assert calibration.plan(5, recipe=Recipe("taylor")) == calibration.plan(5, recipe=Recipe(order=2))
     assert set(calibration.plan_all(Recipe(max_gap=4))) < set(calibration.plan_all())
     assert calibration.schedule([0, 3, 9], Recipe(correct=False)).corrections == {}

@@ -30,6 +30,11 @@ from .interpolation import asked_grid, interpolated, on_grid
 Array = npt.NDArray[np.float64]
 #: Share of the measured sensitivity in the weights where it was measured and nothing else is asked for.
 MEASURED = 0.5
+EASY = 0.01
+"""Error of predictions, as a share of how far the run moves the sample. Where it is less, Taylor serves best whatever
+the costs say; where it is more, what predicts is chosen by its cost."""
+SAFE_TO_CORRECT = 0.1
+"""Likewise: where predictions err more than this, corrections would do harm."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -86,8 +91,8 @@ class Calibration(HubFile):
         """Whether it knows what the model makes of an error, `calibrate(..., sensitivity="measured")`."""
         return len(self.probes) > 0
 
-    def predictor(self, name: PredictorName = "taylor", order: int | None = None) -> Predictor:
-        """What predicts: `"taylor"`, `"trend"`, or `"fitted"` to the values of this calibration (see `Recipe`).
+    def predictor(self, name: PredictorName | None = "taylor", order: int | None = None) -> Predictor:
+        """What predicts: `"taylor"` (also for None), `"trend"`, or `"fitted"` to this calibration (see `Recipe`).
 
         Raises:
             ValueError: another name, a negative order, or one that the predictor does not have.
@@ -96,7 +101,7 @@ class Calibration(HubFile):
         if name == "trend":
             return Trend()
         order = self.facts.order if order is None else order
-        if name == "taylor":
+        if name in ("taylor", None):
             return Taylor(order)
         if order not in self._ridges:
             self._ridges[order] = chosen_ridge(self.value_gram, order)
@@ -128,7 +133,7 @@ class Calibration(HubFile):
     def cost(self, recipe: Recipe = Recipe()) -> CostTensor:
         """The cost tensor, float64 [T, T+1, T+1] indexed [i, j, k]; see `costs.sampler_cost` and `paper.paper_cost`.
 
-        Of the recipe only predictor, order, measured, method and power matter here.
+        Of the recipe only predictor (None: Taylor), order, measured, method and power matter here.
 
         Raises:
             CalibrationError: as `weights`; or the paper's method is wanted with something else than was calibrated for.
@@ -136,7 +141,7 @@ class Calibration(HubFile):
         """
         require_recipe(recipe)
         order = self.facts.order if recipe.order is None else recipe.order
-        key = (recipe.predictor, order, recipe.measured, recipe.power)
+        key = (recipe.predictor or "taylor", order, recipe.measured, recipe.power)
         if recipe.method == "paper":
             if (*key[:2], key[2] or 0.0, key[3]) != ("taylor", self.facts.order, 0.0, 2.0):
                 raise CalibrationError(
@@ -199,10 +204,10 @@ class Calibration(HubFile):
         if num_inference_steps is not None or scheduler is not None:
             there = self.on_grid(num_inference_steps, scheduler=scheduler)
         budget = there._budget(num_key_steps, speedup, max_error, recipe)
-        found = plan(there.cost(recipe), budget, **_limits(recipe), objective=recipe.objective)
+        found, chosen = there._cheapest(budget, recipe)
         if recipe.method == "paper":
             _warn_of_anchor_limit(budget, there.facts.num_inference_steps, recipe)
-        schedule = there.schedule(found.key_steps, recipe)
+        schedule = there.schedule(found.key_steps, chosen)
         source = (
             f"planned by {recipe.method} cost from {self.facts.num_inputs} calibration inputs{there._interpolated()}"
         )
@@ -320,13 +325,27 @@ class Calibration(HubFile):
 
         Args:
             key_steps: increasing, the first is 0.
-            recipe: its predictor, order and correct matter here. Where the scheduler's steps are of no known kind
-                nothing is corrected.
+            recipe: its predictor, order, measured and correct matter here. Where the scheduler's steps are of no known
+                kind nothing is corrected.
 
         Raises:
             TypeError, ValueError: as `Schedule.from_key_steps`.
         """
         require_recipe(recipe)
+        schedule = self._predicted(key_steps, recipe)
+        if _is_open(recipe) and self._relative_error(schedule) > EASY:
+            others = [schedule, *(self._predicted(key_steps, one) for one in _others(recipe))]
+            weights = self.weights(recipe.measured)
+            schedule = min(others, key=lambda one: schedule_cost(self.gram, weights, one, power=recipe.power))
+        corrects = recipe.correct
+        if corrects is None:
+            corrects = recipe.method != "paper" and self._relative_error(schedule) <= SAFE_TO_CORRECT
+        if not corrects or self._frame is None:
+            return schedule
+        return corrected(schedule, self.gram.mean(axis=0), self._frame)
+
+    def _predicted(self, key_steps: Sequence[int], recipe: Recipe) -> Schedule:
+        """With the recipe's predictor, not corrected."""
         schedule = Schedule.from_key_steps(
             key_steps,
             self.facts.num_inference_steps,
@@ -334,10 +353,30 @@ class Calibration(HubFile):
             boundary=self.facts.boundary,
             model=self.facts.model,
         )
-        schedule = schedule.model_copy(update={"sigmas": self.facts.sigmas})
-        if not recipe.corrects or self._frame is None:
-            return schedule
-        return corrected(schedule, self.gram.mean(axis=0), self._frame)
+        return schedule.model_copy(update={"sigmas": self.facts.sigmas})
+
+    def _cheapest(self, budget: int, recipe: Recipe) -> tuple[Plan, Recipe]:
+        """The plan for so many key steps, and the recipe with the predictor that it was planned for."""
+
+        def planned(one: Recipe) -> Plan:
+            return plan(self.cost(one), budget, **_limits(one), objective=one.objective)
+
+        found, chosen = planned(recipe), recipe
+        if not _is_open(recipe):
+            return found, chosen
+        chosen = replace(recipe, predictor="taylor")
+        if self._relative_error(self._predicted(found.key_steps, recipe)) <= EASY:
+            return found, chosen
+        others = [(found, chosen), *((planned(one), one) for one in _others(recipe))]
+        return min(others, key=lambda pair: pair[0].cost)
+
+    def _relative_error(self, schedule: Schedule) -> float:
+        """How far predictions move the sample amiss, as a share of how far the whole run moves it; from its costs."""
+        if not len(self.gram):
+            return math.inf
+        influence = self.influence.mean(axis=0)
+        moved = influence @ self.gram.mean(axis=0) @ influence
+        return float(math.sqrt(schedule_cost(self.gram, influence, schedule) / moved))
 
     @cached_property
     def _frame(self) -> Frame | None:
@@ -349,7 +388,15 @@ class Calibration(HubFile):
         Raises:
             CalibrationError, GridError: as `cost`.
         """
-        return plan_all(self.cost(recipe), **_limits(recipe), objective=recipe.objective)
+        found = plan_all(self.cost(recipe), **_limits(recipe), objective=recipe.objective)
+        if not _is_open(recipe):
+            return found
+        others = [plan_all(self.cost(one), **_limits(one), objective=one.objective) for one in _others(recipe)]
+        for budget, own in found.items():
+            if self._relative_error(self._predicted(own.key_steps, recipe)) > EASY:
+                all_plans = [own, *(plans[budget] for plans in others)]
+                found[budget] = min(all_plans, key=lambda one: one.cost)
+        return found
 
     @classmethod
     def merged(cls, parts: Sequence[Self]) -> Self:
@@ -409,6 +456,16 @@ class Calibration(HubFile):
             "    output = pipe(prompt)"
         )
         return "What was measured of predicting steps instead of computing them: plans come from it.", usage
+
+
+def _is_open(recipe: Recipe) -> bool:
+    """Whether it leaves the predictor open."""
+    return recipe.predictor is None and recipe.order is None and recipe.method != "paper"
+
+
+def _others(recipe: Recipe) -> list[Recipe]:
+    """What may predict instead of Taylor, the likeliest first."""
+    return [replace(recipe, predictor="trend"), *(replace(recipe, predictor="taylor", order=n) for n in (1, 0))]
 
 
 def _limits(recipe: Recipe) -> dict[str, Any]:

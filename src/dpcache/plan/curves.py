@@ -13,35 +13,38 @@ import numpy as np
 
 from dpcache.checks import number, whole
 
+EXPONENT = 2.3
+"""Of the curve: how much denser its beginning is. With many key steps it is flatter, see `FIRST_GAP`."""
 FIRST_GAP = 0.25
-"""The first gap that the curve would like, steps; where that is less than a step, the next step is taken."""
-TAIL = 0.4
-"""Where the run ends: so many key steps after the last one, if the curve went on."""
+"""The least first gap that the curve may have, steps: with many key steps it would crowd far too many at the start."""
+TAIL = 3.6
+"""The run ends TAIL / K key steps after the last one, if the curve went on. What comes last matters least: with few key
+steps there is none near the end."""
 
 
 def smooth_key_steps(
-    num_key_steps: int, num_inference_steps: int, *, first_gap: float = FIRST_GAP, tail: float = TAIL
+    num_key_steps: int, num_inference_steps: int, *, exponent: float = EXPONENT, tail: float | None = None
 ) -> tuple[int, ...]:
     """Key steps t = T (m / (K - 1 + tail))^p for m = 0 .. K - 1, rounded, and moved on where two would be one.
 
-    The exponent p follows from the first gap: 2.5 for 9 of 50, 2.1 for 13, 1.7 for 21. It is never less than 1.
+    p is the exponent or, where that is less, such that the first gap is a quarter of a step: 2.1 for 13 of 50 key
+    steps, 1.8 for 21; never less than 1, which spaces them evenly.
 
     Args:
         num_key_steps: K, 1 to T.
         num_inference_steps: T.
-        first_gap: where the curve has its second key step, above 0.
-        tail: how much of a further hop lies between the last key step and T, above 0.
+        exponent: 1 or more.
+        tail: how much of a further hop lies between the last key step and T, above 0; 3.6 / K unless given.
 
     Raises:
         TypeError, ValueError: a number of the wrong type or out of range.
     """
     steps = whole("num_inference_steps", num_inference_steps, 1)
     count = whole("num_key_steps", num_key_steps, 1, steps)
-    number("first_gap", first_gap, 0, above=True)
-    number("tail", tail, 0, above=True)
-    hops = count - 1 + tail
-    exponent = max(1.0, np.log(steps / first_gap) / np.log(hops)) if hops > 1 else 1.0
-    wanted = np.rint(steps * (np.arange(count) / hops) ** exponent).astype(int).tolist()
+    number("exponent", exponent, 1)
+    hops = count - 1 + (TAIL / count if tail is None else number("tail", tail, 0, above=True))
+    flattest = np.log(steps / FIRST_GAP) / np.log(hops) if hops > 1 else exponent
+    wanted = np.rint(steps * (np.arange(count) / hops) ** max(1.0, min(exponent, flattest))).astype(int).tolist()
     found = [0]
     for place, step in enumerate(wanted[1:], start=1):
         found.append(min(max(step, found[-1] + 1), steps - count + place))

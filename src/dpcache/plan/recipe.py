@@ -19,9 +19,11 @@ class Recipe:
             fitting; nor does `"trend"`, a line that bends to a halt (see `plan.predictors.Trend`), of order 1, which is
             safer where key steps are few and errors large; `"fitted"` has the least mean square error on the
             calibration's inputs, which is better with many inputs and few key steps, and worse on inputs unlike them.
+            None: Taylor where the plan's errors are small, or an order is given, or the paper's method; else the one
+            of Taylor's orders and the trend that plans cheapest at that K.
         order: of the prediction, 0 or more: one less than the number of key steps it uses. Higher orders follow curves
             more closely, magnify rounding and noise, and hold one more value in memory each. None: that of the
-            calibration.
+            calibration, where the predictor is named.
         measured: how much of the measured sensitivity to believe, 0 to 1. At 0 an error counts as far as the scheduler
             moves on it in that step; at 1 as far as the final sample was measured to move; between, the weighted
             geometric mean. Above 0 it needs a calibration with `sensitivity="measured"`. None: 0.5 where that was
@@ -40,15 +42,15 @@ class Recipe:
         max_gap: largest distance from one key step to the next, the end included; None for no limit. A limit keeps
             predictions near what is known, and makes planning long grids fast.
         correct: whether key steps make up for errors of the skipped steps before them (see `dpcache.plan.corrections`):
-            nearer to the full run at no further call, where the scheduler's steps are of a known kind. None: all but
-            the paper's method do.
+            nearer to the full run at no further call, where the scheduler's steps are of a known kind and errors are
+            small. None: where the plan's errors are small enough, but never with the paper's method.
 
     Raises:
         TypeError: an unknown field, or a value of the wrong type.
         ValueError: an unknown name or a number out of range.
     """
 
-    predictor: PredictorName = "taylor"
+    predictor: PredictorName | None = None
     order: int | None = None
     measured: float | None = None
     method: Method = "sampler"
@@ -67,7 +69,8 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name, kind in (("predictor", PredictorName), ("method", Method), ("objective", Objective)):
-            one_of(name, getattr(self, name), get_args(kind))
+            if name != "predictor" or self.predictor is not None:
+                one_of(name, getattr(self, name), get_args(kind))
         if self.measured is not None:
             number("measured", self.measured, 0, 1)
         number("power", self.power, 0, above=True)
@@ -87,14 +90,10 @@ class Recipe:
             return self.first_key_steps
         return 3 if self.method == "paper" else 1
 
-    @property
-    def corrects(self) -> bool:
-        """Whether key steps make up for errors."""
-        return self.method != "paper" if self.correct is None else self.correct
-
     def __str__(self) -> str:
         order = "" if self.order is None else f" of order {self.order}"
-        parts = [f"{self.predictor}{order}, {self.method} cost"]
+        named = self.predictor or ("any predictor" if self.order is None else "taylor")
+        parts = [f"{named}{order}, {self.method} cost"]
         if self.measured is not None:
             parts.append(f"{self.measured:.0%} of the measured sensitivity")
         if self.power != 2:
