@@ -1,14 +1,15 @@
 """What each default reaches at every K, beside the plain ways: is any of them ever worse than doing nothing clever?
 
-    python -m benchmarks.defaults                               # every model, K = 4 to 20, then docs/defaults.md
-    python -m benchmarks.defaults hard-flux -k 5 9 13 --inputs 16
+    python -m benchmarks.defaults                               # every model, 50 steps and fewer, then docs/defaults.md
+    python -m benchmarks.defaults hard-flux --steps 50 -k 5 9 13 --inputs 16
     python -m benchmarks.defaults --resume                      # go on after an interruption
     python -m benchmarks.defaults --page-only                   # the page from the figures already measured
 
-Writes benchmarks/results/defaults_<model>.json and docs/defaults.md.
+Writes benchmarks/results/defaults_<model>_<steps>.json and docs/defaults.md.
 """
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import dpcache
-from benchmarks.subjects import RESULTS, ROOT, STEPS, Row, Subject, plain, rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, Row, Subject, plain, rounded, scores, table
 from dpcache.zoo import BUNDLED
 
-KEY_STEPS = tuple(range(4, 21))
+KEY_STEPS = {50: tuple(range(4, 21)), 8: (4, 5, 6), 20: (6, 8, 10), 28: (6, 8, 10)}
+"""K for every T: base models take 20 to 50 steps, distilled ones 4 to 12."""
 CALIBRATED = 10
 BUDGET = 60
 """Of `optimize`, full runs for each K."""
@@ -82,7 +84,9 @@ class Measured:
         if self._calibration is None:
             inputs = self.subject.model.calibration_inputs(CALIBRATED)
             call = {"num_inference_steps": self.steps, **self.subject.model.call_defaults}
-            self._calibration = dpcache.calibrate(self.subject.pipe, inputs, progress=False, **call)
+            self._calibration = dpcache.calibrate(
+                self.subject.pipe, inputs, sensitivity="measured", progress=False, **call
+            )
         return self._calibration
 
     def _optimize(self) -> dict[int, dpcache.Schedule]:
@@ -102,13 +106,13 @@ class Measured:
 
 ABOUT = """# Every default at every K
 
-Made by `python -m benchmarks.defaults` (`make bench`). PSNR against the full run of {steps} steps, in float, mean (5th
+Made by `python -m benchmarks.defaults` (`make bench`). PSNR against the full run of T steps, in float, mean (5th
 percentile) in dB over {inputs} held-out inputs. The last column is the best of the plain ways, in the mean and in the
 5th percentile each: even spacing with orders 0, 1 and 2, and K steps of the sampler. **Bold** is more than {grace} dB
 below it, a miss. No calibration is excused on the easy models, where a plan knows what nothing can guess.
 
 - *no calibration*: `enable(pipe, num_key_steps=K)`, a smooth curve and the trend, at the denoiser's output.
-- *one plan*: `calibrate` on {calibrated} inputs, then `plan(K)`.
+- *one plan*: `calibrate(..., sensitivity="measured")` on {calibrated} inputs, then `plan(K)`.
 - *optimize*: with a budget of {budget} full runs for each K.
 """
 
@@ -116,9 +120,7 @@ below it, a miss. No calibration is excused on the easy models, where a plan kno
 def page(results: Sequence[Row]) -> str:
     """The page of all models, the hard ones first."""
     first = results[0]
-    about = ABOUT.format(
-        steps=first["steps"], inputs=first["inputs"], grace=GRACE, calibrated=CALIBRATED, budget=first["budget"]
-    )
+    about = ABOUT.format(inputs=first["inputs"], grace=GRACE, calibrated=CALIBRATED, budget=first["budget"])
     return "\n".join([about, *(_section(result) for result in results)])
 
 
@@ -142,18 +144,18 @@ def _section(result: Row) -> str:
         body.append([k, *cells, f"{floor[0]:.1f} ({floor[1]:.1f})", best])
     head = ["K", *ways, "best plain way", "which (mean)"]
     asked = f"{misses} misses" if misses != 1 else "1 miss"
-    return f"## {result['model']} ({regime})\n\n{asked}.\n\n{table(head, body)}"
+    return f"## {result['model']} ({regime}), T = {result['steps']}\n\n{asked}.\n\n{table(head, body)}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__.splitlines()[0],
-        epilog="example: python -m benchmarks.defaults hard-flux -k 5 9 13 --inputs 16",
+        epilog="example: python -m benchmarks.defaults hard-flux --steps 50 -k 5 9 13 --inputs 16",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(BUNDLED)} (default: all)")
-    parser.add_argument("-k", "--key-steps", type=int, nargs="+", default=KEY_STEPS, help="K (default 4 to 20)")
+    parser.add_argument("-k", "--key-steps", type=int, nargs="+", help="K (default 4 to 20 of 50, fewer of fewer)")
+    parser.add_argument("--steps", type=int, nargs="+", default=list(KEY_STEPS), help="T (default 50, 8, 20 and 28)")
     parser.add_argument("--inputs", type=int, default=64, help="held-out inputs (default 64)")
-    parser.add_argument("--steps", type=int, default=STEPS, help="T (default 50)")
     parser.add_argument("--budget", type=int, default=BUDGET, help="of optimize, full runs (default 60)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the figures")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are measured already")
@@ -161,11 +163,12 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := set(options.models) - set(BUNDLED):
         parser.error(f"no bundled model named {', '.join(sorted(unknown))}; there are {', '.join(BUNDLED)}")
-    for model in () if options.page_only else options.models or BUNDLED:
-        path = options.out / f"defaults_{model}.json"
-        sizes = (options.inputs, options.key_steps, options.steps, options.budget)
-        Measured(model, *sizes, path).run(resume=options.resume)
-    paths = [options.out / f"defaults_{model}.json" for model in BUNDLED]
+    for model, steps in itertools.product(options.models or BUNDLED, () if options.page_only else options.steps):
+        key_steps = options.key_steps or KEY_STEPS.get(steps, KEY_STEPS[50])
+        path = options.out / f"defaults_{model}_{steps}.json"
+        measured = Measured(model, options.inputs, key_steps, steps, options.budget, path)
+        measured.run(resume=options.resume)
+    paths = [options.out / f"defaults_{model}_{steps}.json" for model, steps in itertools.product(BUNDLED, KEY_STEPS)]
     results = [json.loads(path.read_text()) for path in paths if path.exists()]
     written = ROOT / "docs" / "defaults.md" if options.out == RESULTS else options.out / "defaults.md"
     written.write_text(page(results))

@@ -25,7 +25,7 @@ def test_smooth_key_steps_are_k_different_steps_whose_gaps_grow(numbers, tail):
         assert (np.diff(gaps) >= -1).all()
 
 
-@given(st.lists(st.integers(0, 40), min_size=2, max_size=5, unique=True), st.floats(0.1, 5))
+@given(st.lists(st.integers(1, 40), min_size=2, max_size=5, unique=True), st.floats(0.1, 5))
 def test_the_trend_follows_the_line_at_first_and_never_runs_away(keys, rate):
     keys = sorted(keys)
     gap = keys[-1] - keys[-2]
@@ -36,6 +36,11 @@ def test_the_trend_follows_the_line_at_first_and_never_runs_away(keys, rate):
     assert (np.diff(moved) >= 0).all() and moved[-1] <= 1 / rate + 1e-12
     almost_straight = Trend(1e-6).coefficients(keys, ahead[: 3 * gap])
     assert almost_straight == pytest.approx(Taylor(1).coefficients(keys, ahead[: 3 * gap]), abs=1e-4)
+
+
+def test_the_first_step_makes_no_trend():
+    assert Trend().coefficients([0, 3], [4, 9]).tolist() == [[0, 1], [0, 1]]
+    assert Trend().coefficients([3], [4, 9]).tolist() == [[1], [1]]
 
 
 def test_a_trend_needs_a_rate_above_zero():

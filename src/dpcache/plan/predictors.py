@@ -67,7 +67,9 @@ class Trend:
 
     With r how far beyond the last key step the predicted one lies, in units of the gap between the last two, the last
     difference counts (1 - exp(-rate r)) / rate times: as with Taylor of order 1 at first, never more than 1 / rate
-    times (the damped trend of forecasting: Gardner and McKenzie, "Forecasting trends in time series", 1985).
+    times (the damped trend of forecasting: Gardner and McKenzie, "Forecasting trends in time series", 1985). How the
+    first step differs from a later one is no trend, because what a denoiser makes of pure noise changes abruptly: with
+    these two alone the last value is reused.
 
     Attributes:
         rate: how soon it comes to a halt, above 0. Large values reuse the last value, small ones follow the line.
@@ -83,8 +85,8 @@ class Trend:
     def coefficients(self, keys: Sequence[int], steps: Steps) -> Coefficients:
         """As `Predictor.coefficients`."""
         differences = backward_differences(keys, 1)
-        if len(differences) == 1:
-            return np.ones((len(steps), 1))
+        if len(differences) == 1 or keys[-2] == 0:
+            return np.tile(differences[0], (len(steps), 1))
         gap = keys[-1] - keys[-2]
         share = -np.expm1(-self.rate * (np.asarray(steps) - keys[-1]) / gap) / self.rate
         coefficients: Coefficients = differences[0] + share[:, None] * gap * differences[1]
