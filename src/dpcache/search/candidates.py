@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -14,6 +15,8 @@ from dpcache.plan.grids import frame
 from dpcache.plan.predictors import Predictor, Taylor, Trend
 from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Boundary, ModelIdentity, Schedule
+
+from .sharing import Turns, turns
 
 FIRST_GAPS = (0.1, 0.25, 0.6, 1.5, 3.0)
 TAILS = (0.25, 0.4, 0.7, 1.0)
@@ -115,11 +118,14 @@ class Candidates:
         grid = calibration.grid if calibration is not None and len(calibration.gram) else None
         self._frame = frame(grid) if grid is not None else None
         self._made: dict[tuple[tuple[int, ...], str], Candidate] = {}
+        self._different: dict[Turns, Candidate] = {}
 
     def make(self, keys: KeySteps, way: Way, *, is_plain: bool = False) -> Candidate:
-        """The candidate with these key steps; the same one every time."""
+        """The candidate with these key steps; the same one every time, and for all ways that come to the same."""
         if (keys.steps, way.name) not in self._made:
-            self._made[keys.steps, way.name] = Candidate(self._schedule(keys.steps, way), keys, way, is_plain)
+            schedule = self._schedule(keys.steps, way)
+            one = self._different.setdefault(turns(schedule), Candidate(schedule, keys, way, is_plain))
+            self._made[keys.steps, way.name] = one
         return self._made[keys.steps, way.name]
 
     def plain(self) -> list[Candidate]:
@@ -129,6 +135,7 @@ class Candidates:
             found.append((planned, self.second))
         return list(dict.fromkeys(self.make(keys, way, is_plain=True) for keys, way in found))
 
+    @cached_property
     def key_steps(self) -> list[KeySteps]:
         """Every choice of key steps, the likeliest first."""
         found: dict[tuple[int, ...], KeySteps] = {}

@@ -7,7 +7,7 @@ from typing import Protocol
 from .candidates import TREND, Candidate, Candidates
 
 #: Of what is left when they begin, the shares that the rounds may spend.
-FIRST, SECOND, WAYS = 0.35, 0.3, 0.5
+FIRST, SECOND, WAYS = 0.5, 0.3, 0.5
 #: In the first rounds so many inputs at most: what is gained by more is less than what more ways to predict gain.
 MOST_FIRST_INPUTS = 6
 #: Choices of key steps that are tried with every way to predict, at most.
@@ -63,7 +63,7 @@ class Contest:
         field = self._run(self._ranked(field)[: self._within(SECOND, more - inputs)], more)
         sets = list(dict.fromkeys(one.keys for one in self._ranked(field)))[:MOST_SETS]
         everything = [self._candidates.make(keys, way) for keys in sets for way in self._candidates.ways()]
-        fresh = [one for one in everything if one not in self.tried]
+        fresh = [one for one in dict.fromkeys(everything) if one not in self.tried]
         self._run(fresh[: self._within(WAYS, more)], more)
         return self._final()
 
@@ -87,7 +87,8 @@ class Contest:
     def _field(self) -> list[Candidate]:
         """Every choice of key steps with two ways to predict, the likeliest first."""
         ways = (TREND, self._candidates.second)
-        return [self._candidates.make(keys, way) for keys in self._candidates.key_steps() for way in ways]
+        made = (self._candidates.make(keys, way) for keys in self._candidates.key_steps for way in ways)
+        return list(dict.fromkeys(made))
 
     def _spendable(self) -> float:
         """How many runs the plain ways, which run on all inputs, leave over."""

@@ -20,6 +20,7 @@ from dpcache.run.inputs import quiet, seeded
 from dpcache.run.schedulers import prediction_type
 
 from .objectives import Objective, Output
+from .sharing import Spans
 
 #: Of the inputs, the share that plans are made from; candidates are judged on the others.
 PLANNED_SHARE = 0.4
@@ -69,14 +70,14 @@ class FullRun:
         calibration: what was measured in it; None where there was nothing to measure, or no need to.
         num_steps: T, the steps that it took; 0 where nobody looked.
         sigmas: its noise levels; None where not known.
-        late: whether some branch began late.
+        spans: as in `sharing.known_until`.
     """
 
     output: Output
     calibration: Calibration | None = None
     num_steps: int = 0
     sigmas: tuple[float, ...] | None = None
-    late: bool = False
+    spans: Spans = ()
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for a journal."""
@@ -90,7 +91,7 @@ class FullRun:
             "calibration": measured,
             "num_steps": self.num_steps,
             "sigmas": self.sigmas,
-            "late": self.late,
+            "spans": self.spans,
         }
 
     @classmethod
@@ -106,7 +107,7 @@ class FullRun:
             calibration=calibration,
             num_steps=known["num_steps"],
             sigmas=None if sigmas is None else tuple(sigmas),
-            late=known["late"],
+            spans=tuple((start, end) for start, end in known["spans"]),
         )
 
 
@@ -121,8 +122,8 @@ def recorded(pipeline: Any, draw: Draw, boundary: Boundary, objective: Objective
         calibration = _measured(pipeline, run, boundary)
     except CalibrationError:  # no branch is called at every step: what needs no plan is tried all the same
         calibration = None
-    late = any(min(steps) > 0 for steps in run.values.values())
-    return FullRun(objective.output(run.output), calibration, run.num_steps, run.sigmas, late)
+    spans = tuple(sorted({(min(steps), max(steps)) for steps in run.values.values()}))
+    return FullRun(objective.output(run.output), calibration, run.num_steps, run.sigmas, spans)
 
 
 def plain(pipeline: Any, draw: Draw, objective: Objective, **other: Any) -> FullRun:

@@ -31,7 +31,7 @@ from .candidates import Candidate, Candidates
 from .contest import Contest
 from .full_runs import Draw, FullRun, dealt, plain, recorded
 from .objectives import Metric, Objective, ObjectiveName
-from .sharing import Sharing, steps_to_compute, turns
+from .sharing import Sharing, Spans, begins_late, steps_to_compute, turns
 
 #: Of the budget, the share that goes to full runs; and how many they are.
 FULL_SHARE = 0.25
@@ -279,7 +279,7 @@ class _Search:
         fewer = self._fewer_steps(k, judging, first.num_steps)
         sharing = Sharing()
         with entered(self.pipeline, self.boundary, sharing):
-            trials = _Trials(self, sharing, judging, k, reserve, late=first.late)
+            trials = _Trials(self, sharing, judging, k, reserve, first.spans)
             contest = Contest(candidates, len(judging), trials, self.objective.average)
             best = contest.best()
         errors = list(best.errors.values())
@@ -340,7 +340,7 @@ class _Trials:
         judging: the inputs.
         num_key_steps: K.
         reserve: what other numbers of key steps need of the budget.
-        late: as in `sharing.known_until`.
+        spans: as in `sharing.known_until`.
     """
 
     def __init__(
@@ -350,21 +350,20 @@ class _Trials:
         judging: Sequence[Draw],
         num_key_steps: int,
         reserve: float,
-        *,
-        late: bool,
+        spans: Spans,
     ) -> None:
         self._search, self._sharing, self._judging = search, sharing, judging
-        self._num_key_steps, self._reserve, self._late = num_key_steps, reserve, late
+        self._num_key_steps, self._reserve, self._spans = num_key_steps, reserve, spans
         self._runs = self._steps = 0
 
     def run(self, candidates: Sequence[Candidate], number: int) -> bool:
         """As `contest.Trials`: the ones that share most after each other."""
         search, draw = self._search, self._judging[number]
         arguments = seeded(search.pipeline, draw.call, draw.seed)
-        runs = self._sharing.runs(search.pipeline, arguments, late=self._late)
+        runs = self._sharing.runs(search.pipeline, arguments, self._spans)
         before: Schedule | None = None
         for one in sorted((one for one in candidates if number not in one.errors), key=self._place):
-            steps = steps_to_compute(before, one.schedule, late=self._late)
+            steps = steps_to_compute(before, one.schedule, self._spans)
             if not search.budget.affords(steps, self._reserve):
                 return False
 
@@ -385,7 +384,7 @@ class _Trials:
         return max(0.0, budget.left() - self._reserve) / max(budget.cost(steps), 1e-9)
 
     def _place(self, candidate: Candidate) -> Any:
-        return (candidate.schedule.order if self._late else 0), turns(candidate.schedule)
+        return (candidate.schedule.order if begins_late(self._spans) else 0), turns(candidate.schedule)
 
 
 def _name(schedule: Schedule) -> str:

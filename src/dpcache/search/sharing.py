@@ -19,9 +19,10 @@ from dpcache.run.packing import take_apart
 from dpcache.run.scope import Told
 
 _Terms = tuple[tuple[int, float], ...]
+Turns = tuple[tuple[bool, _Terms], ...]
 
 
-def turns(schedule: Schedule) -> tuple[tuple[bool, _Terms], ...]:
+def turns(schedule: Schedule) -> Turns:
     """What a schedule does at each step: whether it predicts, and the sum it predicts or corrects with."""
     keys = set(schedule.key_steps)
     corrections, predictions = schedule.corrections, schedule.predictions
@@ -35,20 +36,23 @@ def _plain(terms: Sequence[Term]) -> _Terms:
     return tuple((term.key_step, term.coefficient) for term in terms)
 
 
-def known_until(before: Schedule | None, after: Schedule, *, late: bool = False) -> int:
+Spans = tuple[tuple[int, int], ...]
+"""First and last step of every branch."""
+
+
+def known_until(before: Schedule | None, after: Schedule, spans: Spans = ()) -> int:
     """So many first steps need no computing in a run that follows one with another schedule.
 
     Args:
         before: of the run before; None if there was none.
         after: of the run to come.
-        late: some branch begins late. Predictions of such a branch also depend on the schedule's order.
+        spans: of the branches; from the first step to the last unless given. Where one begins late, predictions of it
+            also depend on the schedule's order.
     """
-    if before is None:
+    if before is None or before.num_inference_steps != after.num_inference_steps:
         return 0
-    if late and before.order != after.order:
+    if begins_late(spans) and before.order != after.order:
         return 1
-    if before.num_inference_steps != after.num_inference_steps:
-        return 0
     for step, (one, other) in enumerate(zip(turns(before), turns(after), strict=True)):
         if one != other:
             # At a key step of both only what is handed on differs: what is computed there is the same.
@@ -56,10 +60,21 @@ def known_until(before: Schedule | None, after: Schedule, *, late: bool = False)
     return after.num_inference_steps
 
 
-def steps_to_compute(before: Schedule | None, after: Schedule, *, late: bool = False) -> int:
+def steps_to_compute(before: Schedule | None, after: Schedule, spans: Spans = ()) -> int:
     """How many steps a run computes in full that follows one with another schedule. Arguments as `known_until`."""
-    known = known_until(before, after, late=late)
-    return sum(key >= known for key in after.key_steps)
+    known = known_until(before, after, spans)
+    computed = {
+        start + key
+        for start, end in spans or ((0, after.num_inference_steps - 1),)
+        for key in after.from_step(start).key_steps
+        if start + key <= end
+    }
+    return sum(step >= known for step in computed)
+
+
+def begins_late(spans: Spans) -> bool:
+    """Whether some branch begins after the first step."""
+    return any(start > 0 for start, _ in spans)
 
 
 class Sharing:
@@ -68,9 +83,9 @@ class Sharing:
     def __init__(self) -> None:
         self._runs: SharedRuns | None = None
 
-    def runs(self, pipeline: Any, arguments: dict[str, Any], *, late: bool = False) -> "SharedRuns":
+    def runs(self, pipeline: Any, arguments: dict[str, Any], spans: Spans = ()) -> "SharedRuns":
         """Those of one call, until others are asked for. Arguments as `SharedRuns`."""
-        self._runs = SharedRuns(pipeline, arguments, late=late)
+        self._runs = SharedRuns(pipeline, arguments, spans)
         return self._runs
 
     def begin(self, pipeline: Any, tell: Told) -> "_Observer":
@@ -85,14 +100,14 @@ class SharedRuns:
     Args:
         pipeline: a diffusers pipeline, watched.
         arguments: of its call, the generator included.
-        late: as in `known_until`.
+        spans: as in `known_until`.
 
     Attributes:
         computed: steps of the latest run that were computed, not remembered.
     """
 
-    def __init__(self, pipeline: Any, arguments: dict[str, Any], *, late: bool = False) -> None:
-        self._pipeline, self._arguments, self._late = pipeline, arguments, late
+    def __init__(self, pipeline: Any, arguments: dict[str, Any], spans: Spans = ()) -> None:
+        self._pipeline, self._arguments, self._spans = pipeline, arguments, spans
         self._before: Schedule | None = None
         self._known: _Known = {}
         self._forms: Forms | None = None
@@ -101,7 +116,7 @@ class SharedRuns:
 
     def run(self, schedule: Schedule) -> Any:
         """What the pipeline returns when it follows the schedule."""
-        until = known_until(self._before, schedule, late=self._late)
+        until = known_until(self._before, schedule, self._spans)
         self._known = {place: kept for place, kept in self._known.items() if place[0] < until}
         self._before = None  # in case the run fails
         self._following = Following(schedule, offload=False, adaptive=False, on_drift=None, planning={})
