@@ -87,6 +87,11 @@ class Budget:
             self._beside.append(max(0.0, seconds - self._per_step * steps))
             self._per_run = math.fsum(self._beside) / len(self._beside)
 
+    def settle(self, num_steps: int) -> None:
+        """After the first full run: it has taken so many steps, which may be fewer than it was called for."""
+        self._per_step *= self.num_steps / num_steps
+        self.num_steps = self.steps = num_steps
+
     def seconds_per_full_run(self) -> float:
         """As far as is known."""
         return self._per_step * self.num_steps + self._per_run

@@ -220,11 +220,12 @@ class _Search:
 
     def _full_runs(self) -> tuple[list[Draw], list[Draw]]:
         """Runs the first one, which tells how many there may be, and then the others."""
-        self._record(dealt(self.calls, 2, self.seed)[0][0])
+        draw = dealt(self.calls, 2, self.seed)[0][0]
+        self._record(draw)
+        self.budget.settle(self.full[draw.name].num_steps)
         if self.progress:
             self._say_how_long()
         planning, judging = dealt(self.calls, self._number_of_full_runs(), self.seed)
-        # In turn, so that there is some of both if the time is up.
         for draw in planning[1:]:
             self._record(draw)
         for draw in judging:
@@ -356,15 +357,16 @@ class _Trials:
         self._num_key_steps, self._reserve, self._spans = num_key_steps, reserve, spans
         self._runs = self._steps = 0
 
-    def run(self, candidates: Sequence[Candidate], number: int) -> bool:
+    def run(self, candidates: Sequence[Candidate], number: int, beside: int = 0) -> bool:
         """As `contest.Trials`: the ones that share most after each other."""
         search, draw = self._search, self._judging[number]
         arguments = seeded(search.pipeline, draw.call, draw.seed)
         runs = self._sharing.runs(search.pipeline, arguments, self._spans)
+        reserve = self._reserve + beside * search.budget.cost(self._num_key_steps)
         before: Schedule | None = None
         for one in sorted((one for one in candidates if number not in one.errors), key=self._place):
             steps = steps_to_compute(before, one.schedule, self._spans)
-            if not search.budget.affords(steps, self._reserve):
+            if not search.budget.affords(steps, reserve):
                 return False
 
             def measure(schedule: Schedule = one.schedule) -> float:
@@ -377,11 +379,12 @@ class _Trials:
             before = one.schedule
         return True
 
-    def affordable(self) -> float:
+    def affordable(self, beside: int = 0, *, shared: bool = True) -> float:
         """As `contest.Trials`."""
-        steps = self._steps / self._runs if self._runs else self._num_key_steps
-        budget = self._search.budget
-        return max(0.0, budget.left() - self._reserve) / max(budget.cost(steps), 1e-9)
+        budget, alone = self._search.budget, self._num_key_steps
+        steps = self._steps / self._runs if shared and self._runs else alone
+        left = budget.left() - self._reserve - beside * budget.cost(alone)
+        return max(0.0, left) / max(budget.cost(steps), 1e-9)
 
     def _place(self, candidate: Candidate) -> Any:
         return (candidate.schedule.order if begins_late(self._spans) else 0), turns(candidate.schedule)
