@@ -17,7 +17,7 @@ from dpcache.run.denoisers import find_blocks, find_denoisers
 from dpcache.zoo import Inputs
 
 INPUTS, CALIBRATED = 16, 10
-"""Inputs that this library is given, and how many of them it calibrates and tunes on; it judges on the others."""
+"""Inputs that `optimize` is given, and how many of them single plans are made from."""
 SEARCH_INPUTS = 8
 SEARCH_SEED = 2_000_000
 """Settings are searched on inputs of the calibration, from noise that nothing else is drawn from."""
@@ -163,13 +163,11 @@ class Bench(Subject):
     def selected(self, k: int) -> dpcache.Schedule:
         """What this library does when nothing is asked of it."""
         if ("selected", k) not in self.tried:
-            inputs = self.model.calibration_inputs(INPUTS)
-            self.tried["selected", k] = dpcache.select(
+            self.tried["selected", k] = dpcache.optimize(
                 self.pipe,
-                self.calibration,
-                k,
-                inputs=inputs[CALIBRATED:],
-                fitting_inputs=inputs[:CALIBRATED],
+                self.model.calibration_inputs(INPUTS),
+                num_key_steps=k,
+                num_inference_steps=self.steps,
                 progress=False,
                 **self.model.call_defaults,
             )

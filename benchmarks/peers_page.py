@@ -35,9 +35,8 @@ the highest PSNR on the inputs of the search. These are calibration inputs, with
   count varies between inputs, the range is given.
 - TaylorSeer of diffusers is its lite mode (whole blocks are skipped) with factors in float32; its default keeps them
   in bfloat16. DBCache is F1 B0: one block runs at skipped steps.
-- dpcache is given {inputs} calibration inputs: it calibrates and tunes on {calibrated} of them and judges its
-  candidates on the others ("default", `optimize`'s way), or plans from the calibration alone ("one plan", "the paper's
-  plan").
+- dpcache is given {inputs} inputs and the default budget ("default", `optimize`'s way), or plans from a calibration on
+  {calibrated} of them alone ("one plan", "the paper's plan").
 - "dpcache's key steps as mask" gives the schedule that was selected here to cache-dit, which predicts by itself.
 """
 

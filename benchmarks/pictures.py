@@ -19,7 +19,7 @@ from dpcache.zoo import BUNDLED
 MODEL = BUNDLED["tiny-flux"]
 PICTURE = Path(__file__).parents[1] / "docs" / "full_and_cached.png"
 KEY_STEPS = (13, 9)
-CALIBRATION_INPUTS, FITTED_INPUTS = 16, 10
+SEARCH_INPUTS = 16
 #: Far from the seeds of calibration.
 SEED = 1000
 #: What differs is far too little to be seen.
@@ -29,13 +29,15 @@ MAGNIFIED = 100
 def comparisons(num_pictures: int) -> list[Comparison]:
     """One for each number of key steps, of the first held-out prompts."""
     pipe = dpcache.load_pipeline(MODEL.name)
-    inputs = MODEL.calibration_inputs(CALIBRATION_INPUTS)
-    fitted, judged = inputs[:FITTED_INPUTS], inputs[FITTED_INPUTS:]
-    calibration = dpcache.calibrate(
-        pipe, fitted, num_inference_steps=STEPS, sensitivity="measured", **MODEL.call_defaults
-    )
     schedules = [
-        dpcache.select(pipe, calibration, budget, inputs=judged, **MODEL.call_defaults) for budget in KEY_STEPS
+        dpcache.optimize(
+            pipe,
+            MODEL.calibration_inputs(SEARCH_INPUTS),
+            num_key_steps=k,
+            num_inference_steps=STEPS,
+            **MODEL.call_defaults,
+        )
+        for k in KEY_STEPS
     ]
     prompts = MODEL.held_out_inputs(num_pictures)
     return dpcache.compare_all(pipe, schedules, prompts, seeds=SEED, **MODEL.call_defaults)

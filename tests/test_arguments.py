@@ -33,11 +33,6 @@ def optimize(**wrong: Any) -> Any:
     return dpcache.optimize(Refusing(), wrong.pop("inputs", [PROMPT]), **{**CALL, "num_key_steps": 4, **wrong})
 
 
-def select(**wrong: Any) -> Any:
-    given = {"calibration": made_calibration(), "num_key_steps": 4, "inputs": [PROMPT], "fitting_inputs": [PROMPT]}
-    return dpcache.select(Refusing(), **{**given, **CALL, "num_inference_steps": 20, **wrong})
-
-
 def from_key_steps(keys: Any = (0, 2), steps: Any = 5, **wrong: Any) -> Any:
     return dpcache.Schedule.from_key_steps(keys, steps, **wrong)
 
@@ -66,17 +61,10 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("calibrate", lambda: calibrate(inputs=[{"promt": ""}]), TypeError, "input 0: Refusing takes no argument 'promt'"),
     ("optimize", lambda: optimize(boundary=None), ValueError, 'boundary must be "blocks" or "output", got None'),
     ("optimize", lambda: optimize(num_key_steps=13), ValueError, r"from 1 to the number of steps \(12\), got 13"),
-    ("optimize", lambda: optimize(num_trials=0), ValueError, "num_trials must be 1 or more, got 0"),
-    ("optimize", lambda: optimize(tune=-1), ValueError, "tune must be 0 or more, got -1"),
-    ("optimize", lambda: optimize(polish=4), TypeError, "takes no argument 'polish'"),
-    ("select", lambda: select(num_trials=0), ValueError, "num_trials must be 1 or more, got 0"),
-    ("select", lambda: select(tune=1.5), TypeError, "tune must be a whole number, 0 or more; got 1.5"),
-    ("select", lambda: select(num_key_steps="4"), TypeError, "num_key_steps must be a whole number"),
-    ("select", lambda: select(num_key_steps=21), ValueError, r"from 1 to the number of steps \(20\), got 21"),
-    ("select", lambda: select(calibration="c.safetensors"), TypeError, "plans from a dpcache.Calibration, got str"),
-    ("select", lambda: select(recipes=["taylor"]), TypeError, "recipes must be dpcache.Recipe"),
-    ("select", lambda: select(recipes=[]), dpcache.CalibrationError, "no recipes"),
-    ("select", lambda: select(inputs=[]), dpcache.CalibrationError, "there are no inputs"),
+    ("optimize", lambda: optimize(num_key_steps="4"), TypeError, "num_key_steps must be a whole number"),
+    ("optimize", lambda: optimize(budget="soon"), ValueError, "budget must be a number of full runs, or a time"),
+    ("optimize", lambda: optimize(polish=4), TypeError, "no argument polish any more: .* budget=60"),
+    ("optimize", lambda: optimize(guidance=4), TypeError, "takes no argument 'guidance'"),
     ("plan", lambda: made_calibration().plan(4.5), TypeError, "num_key_steps must be a whole number"),
     ("plan", lambda: made_calibration().plan(4, recipe="paper"), TypeError, "recipe must be a dpcache.Recipe"),
     ("plan", lambda: made_calibration().plan(speedup="fast"), TypeError, "speedup must be a number, got 'fast'"),

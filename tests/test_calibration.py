@@ -1,7 +1,6 @@
 """Calibrating, planning and comparing on the trained tiny-flux."""
 
 import re
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -150,8 +149,6 @@ def test_compare_counts_and_measures(flux):
 
 def test_readme_python_runs(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    # The same search with a few trials: it is the snippet that is tested here.
-    monkeypatch.setattr(dpcache, "optimize", partial(dpcache.optimize, num_trials=1, tune=1))
     readme = (Path(__file__).parent.parent / "README.md").read_text(encoding="utf-8")
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     names: dict[str, object] = {}

@@ -220,13 +220,16 @@ def read_all(screen: int) -> str:
 
 
 def test_optimize(ask):
-    found = ask(
-        "optimize", "tiny-flux", RING, STAR, "-k", "4", "-t", STEPS, "-o", "s.json", "--trials", "2", "--tune", "1"
-    )
+    found = ask("optimize", "tiny-flux", RING, STAR, "-k", "4", "-t", STEPS, "-o", "s.json", "--budget", "5")
     schedule = dpcache.Schedule.load("s.json")
     assert (found["num_key_steps"], found["error"]) == (4, schedule.error)
     assert schedule.num_key_steps == 4
     assert [path.name for path in Path().iterdir()] == ["s.json"]
+    several = ask(
+        "optimize", "tiny-flux", RING, STAR, "-k", "4,3", "-t", STEPS, "--budget", "6", "--objective", "worst"
+    )
+    assert [one["num_key_steps"] for one in several["schedules"]] == [3, 4]
+    assert dpcache.Schedule.load("schedule-3.json").num_key_steps == 3
 
 
 def test_demo_writes_everything(run):
@@ -305,6 +308,8 @@ def files(tmp_path_factory):
         ("compare tiny-flux -s s.json --report r.pdf", 2, "call it r.html"),
         ("compare tiny-dit --calibration c.safetensors -k 3", 1, "c.safetensors: the schedule was made for Flux"),
         ("optimize tiny-flux -k 9 -t 8", 2, "--key-steps 9 is more than --steps 8"),
+        ("optimize tiny-flux -k 9;4", 2, "--key-steps 9;4 is neither a number nor several like 9,13"),
+        ("optimize tiny-flux --budget soon", 2, 'or a time like "15 min"'),
         ("demo --model other", 1, "tiny-flux"),
         ("demo --inputs 100000", 1, "held-out inputs"),
         ("nonsense", 2, "nonsense"),

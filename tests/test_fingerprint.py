@@ -19,7 +19,7 @@ from tests.pipelines.every import SMALL
 
 CALL = {"num_inference_steps": STEPS, "max_sequence_length": 24, "progress": False}
 #: Of a search that is over soon.
-QUICK = {"num_key_steps": 4, "num_trials": 1, "tune": 0, **CALL}
+QUICK = {"num_key_steps": 4, "budget": 2, **CALL}
 
 
 def built() -> Any:
@@ -114,21 +114,17 @@ def spoilt(pipe: Any, how: str) -> Any:
 def test_a_checkpoint_made_with_another_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str) -> None:
     own = dpcache.load_pipeline("tiny-flux", device="cpu")
     whole = dpcache.calibrate(own, [PROMPT], checkpoint=tmp_path / "c", **CALL)
-    dpcache.select(own, whole, 4, num_trials=1, tune=0, checkpoint=tmp_path / "s.jsonl", **CALL)
+    dpcache.optimize(own, [PROMPT], checkpoint=tmp_path / "s.jsonl", **QUICK)
     other = spoilt(dpcache.load_pipeline("tiny-flux", device="cpu"), how)
 
     def runs(*call: Any, **arguments: Any) -> None:
         raise AssertionError("it has run")
 
     monkeypatch.setattr(type(other), "__call__", runs)
-    for resume in (
-        lambda: dpcache.calibrate(other, [PROMPT], checkpoint=tmp_path / "c", **CALL),
-        lambda: dpcache.optimize(other, [PROMPT], checkpoint=tmp_path / "c", **QUICK),
-    ):
-        with pytest.raises(dpcache.CalibrationError, match=f"measured with another .*{how}.*: go on with the one"):
-            resume()
+    with pytest.raises(dpcache.CalibrationError, match=f"measured with another .*{how}.*: go on with the one"):
+        dpcache.calibrate(other, [PROMPT], checkpoint=tmp_path / "c", **CALL)
     with pytest.raises(dpcache.FileFormatError, match=f"another search, with other .*{how.split()[0]}"):
-        dpcache.select(other, whole, 4, num_trials=1, tune=0, checkpoint=tmp_path / "s.jsonl", **CALL)
+        dpcache.optimize(other, [PROMPT], checkpoint=tmp_path / "s.jsonl", **QUICK)
     assert dpcache.calibrate(own, [PROMPT], checkpoint=tmp_path / "c", **CALL) == whole
 
 

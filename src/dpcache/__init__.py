@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from .run.pipelines import disable, enable, enabled, stats
     from .run.plain import following
     from .run.stats import Stats
-    from .search.selection import optimize, select
+    from .search.optimize import optimize
     from .zoo import load_pipeline
 
 __version__ = "0.1.0"
@@ -74,13 +74,12 @@ _HOME = {
     "enabled": "run.pipelines",
     "following": "run.plain",
     "load_pipeline": "zoo",
-    "optimize": "search.selection",
+    "optimize": "search.optimize",
     "paper_cost": "measure.paper",
     "plan": "plan",
     "plan_all": "plan.planner",
     "recording": "measure.plain",
     "register_denoiser": "run.layouts",
-    "select": "search.selection",
     "stats": "run.pipelines",
 }
 
@@ -89,7 +88,6 @@ __all__ = [  # noqa: RUF022 - in the order of use
     "optimize",
     "calibrate",
     "Calibration",
-    "select",
     "Recipe",
     "Schedule",
     "enable",

@@ -280,7 +280,7 @@ def test_pipelines_called_in_another_way(flux: Any, kind: Any) -> None:
     assert calibration.facts.num_inference_steps == 10
     found = dpcache.compare(pipe, calibration.plan(5), [PROMPT], progress=False)
     assert found.samples[0].full.shape == (32, 32, 3) and found.samples[0].psnr > 20
-    chosen = dpcache.optimize(pipe, [PROMPT, OTHER], num_key_steps=4, num_trials=1, tune=0, **settings)
+    chosen = dpcache.optimize(pipe, [PROMPT, OTHER], num_key_steps=4, budget=4, **settings)
     assert chosen.num_inference_steps == 10
 
 

@@ -109,7 +109,10 @@ def options(
 # One line a command, in the order of --help.
 app.command(epilog="Example: `dpcache demo -o my-demo`")(demo)
 app.command(epilog='Example: `dpcache calibrate tiny-flux "a red ring" "a blue star" -o flux.safetensors`')(calibrate)
-app.command(epilog="Example: `dpcache optimize tiny-flux -k 13 -o flux-13.json`")(optimize)
+app.command(
+    epilog="Example: `dpcache optimize tiny-flux -k 13 -o flux-13.json`, "
+    '`dpcache optimize tiny-flux -k 9,13 --budget "15 min" -o flux.json`'
+)(optimize)
 app.command(epilog="Example: `dpcache plan flux.safetensors -k 13 -o flux-13.json`")(plan)
 app.command(epilog='Example: `dpcache generate tiny-flux "a small red ring" -s flux-13.json -o ring.png`')(generate)
 app.command(epilog="Example: `dpcache compare tiny-flux --prompts prompts.txt -s flux-13.json -s flux-9.json`")(compare)

@@ -1,4 +1,4 @@
-"""The main job on a bundled model, end to end: calibrate, plan, draw in full and cached, report."""
+"""The main job on a bundled model, end to end: find schedules, draw in full and cached, report."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -7,10 +7,12 @@ from dpcache.files.pictures import save_picture
 from dpcache.judge.comparison import Comparison, compare_all
 from dpcache.judge.report import write_report
 from dpcache.measure.measuring import calibrate
-from dpcache.search.selection import select
+from dpcache.search.optimize import optimize
 from dpcache.zoo import BUNDLED, load_pipeline
 
-CALIBRATION_INPUTS, JUDGING_INPUTS = 5, 3
+CALIBRATION_INPUTS, SEARCH_INPUTS = 5, 16
+#: Full runs that the search for both schedules may cost: a demonstration should be short.
+BUDGET = 30
 #: K / T: 13 and 9 of 50 steps.
 SHARES = (0.26, 0.18)
 
@@ -24,7 +26,7 @@ def run_demo(
     num_inference_steps: int = 50,
     progress: bool = True,
 ) -> tuple[list[Comparison], Path]:
-    """Calibrates, selects, compares; writes calibration, schedules, pictures and `report.html` into the folder.
+    """Calibrates, optimizes, compares; writes calibration, schedules, pictures and `report.html` into the folder.
 
     Returns:
         one Comparison per number of key steps, and the report's path.
@@ -37,33 +39,28 @@ def run_demo(
     bundled = BUNDLED[model]
     held_out = bundled.held_out_inputs(num_inputs)
     pipeline = load_pipeline(model)
-    inputs = bundled.calibration_inputs(CALIBRATION_INPUTS + JUDGING_INPUTS)
     say(f"calibrating {model} on {CALIBRATION_INPUTS} inputs, {num_inference_steps} steps each")
     calibration = calibrate(
         pipeline,
-        inputs[:CALIBRATION_INPUTS],
+        bundled.calibration_inputs(CALIBRATION_INPUTS),
         num_inference_steps=num_inference_steps,
-        sensitivity="measured",
         progress=progress,
         **bundled.call_defaults,
     )
     calibration.save(folder / "calibration.safetensors")
-    schedules = []
-    for budget in sorted({max(2, round(share * num_inference_steps)) for share in SHARES}, reverse=True):
-        # Half the trials and rounds of the default: a demonstration should be short.
-        schedule = select(
-            pipeline,
-            calibration,
-            budget,
-            inputs=inputs[CALIBRATION_INPUTS:],
-            num_trials=4,
-            tune=1,
-            progress=progress,
-            **bundled.call_defaults,
-        )
-        say(f"selected {schedule}: {schedule.source}")
-        schedule.save(folder / f"schedule-{budget}.json")
-        schedules.append(schedule)
+    found = optimize(
+        pipeline,
+        bundled.calibration_inputs(SEARCH_INPUTS),
+        num_key_steps=sorted({max(2, round(share * num_inference_steps)) for share in SHARES}),
+        budget=BUDGET,
+        num_inference_steps=num_inference_steps,
+        progress=progress,
+        **bundled.call_defaults,
+    )
+    schedules = [found[k] for k in sorted(found, reverse=True)]
+    for schedule in schedules:
+        say(f"found {schedule}: {schedule.source}")
+        schedule.save(folder / f"schedule-{schedule.num_key_steps}.json")
     say(f"drawing {num_inputs} held-out inputs in full and with {len(schedules)} schedules")
     comparisons = compare_all(pipeline, schedules, held_out, seeds=1000, progress=progress, **bundled.call_defaults)
     for number, sample in enumerate(comparisons[0].samples):

@@ -46,6 +46,10 @@ class Journal:
                 self._write(_entry(name, self._known[name]))
         return self._known[name]
 
+    def knows(self, name: str) -> bool:
+        """Whether there is a result of this name."""
+        return name in self._known
+
     def _read(self, head: dict[str, Any]) -> None:
         assert self._path is not None
         # The last line may have been cut short by what interrupted the search.

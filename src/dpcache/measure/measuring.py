@@ -174,7 +174,7 @@ class _One:
             scheduler=type(pipeline.scheduler).__name__,
             prediction=prediction_type(pipeline.scheduler),
             calls=_as_json([self.call]),
-            device=_device(pipeline),
+            device=device_of(pipeline),
         )
         if not self.probe or not len(part.gram):
             return part
@@ -305,7 +305,7 @@ def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | No
         return None
 
 
-def _device(pipeline: Any) -> Any:
+def device_of(pipeline: Any) -> Any:
     """Where the pipeline computes: its weights may be elsewhere, with offloading."""
     found = getattr(pipeline, "_execution_device", None)
     return found if found is not None else next(find_denoisers(pipeline)[0].parameters()).device

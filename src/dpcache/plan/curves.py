@@ -23,17 +23,17 @@ steps there is none near the end."""
 
 
 def smooth_key_steps(
-    num_key_steps: int, num_inference_steps: int, *, exponent: float = EXPONENT, tail: float | None = None
+    num_key_steps: int, num_inference_steps: int, *, exponent: float | None = None, tail: float | None = None
 ) -> tuple[int, ...]:
     """Key steps t = T (m / (K - 1 + tail))^p for m = 0 .. K - 1, rounded, and moved on where two would be one.
 
-    p is the exponent or, where that is less, such that the first gap is a quarter of a step: 2.1 for 13 of 50 key
-    steps, 1.8 for 21; never less than 1, which spaces them evenly.
+    Unless it is given, p is 2.3 or, where that is less, such that the first gap is a quarter of a step: 2.1 for 13 of
+    50 key steps, 1.8 for 21; never less than 1, which spaces them evenly.
 
     Args:
         num_key_steps: K, 1 to T.
         num_inference_steps: T.
-        exponent: 1 or more.
+        exponent: p, 1 or more.
         tail: how much of a further hop lies between the last key step and T, above 0; 3.6 / K unless given.
 
     Raises:
@@ -41,10 +41,10 @@ def smooth_key_steps(
     """
     steps = whole("num_inference_steps", num_inference_steps, 1)
     count = whole("num_key_steps", num_key_steps, 1, steps)
-    number("exponent", exponent, 1)
     hops = count - 1 + (TAIL / count if tail is None else number("tail", tail, 0, above=True))
-    flattest = np.log(steps / FIRST_GAP) / np.log(hops) if hops > 1 else exponent
-    wanted = np.rint(steps * (np.arange(count) / hops) ** max(1.0, min(exponent, flattest))).astype(int).tolist()
+    if exponent is None:
+        exponent = max(1.0, min(EXPONENT, float(np.log(steps / FIRST_GAP) / np.log(hops)))) if hops > 1 else EXPONENT
+    wanted = np.rint(steps * (np.arange(count) / hops) ** number("exponent", exponent, 1)).astype(int).tolist()
     found = [0]
     for place, step in enumerate(wanted[1:], start=1):
         found.append(min(max(step, found[-1] + 1), steps - count + place))

@@ -12,7 +12,7 @@ Objective = Literal["sum", "max"]
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to plan. The defaults make a good plan; `dpcache.select` runs plans by a dozen recipes and keeps the best.
+    """How to plan. The defaults make a good plan; `dpcache.optimize` runs candidates of many kinds and keeps the best.
 
     Attributes:
         predictor: what predicts skipped steps. `"taylor"`, a Taylor series of differences between key steps, needs no

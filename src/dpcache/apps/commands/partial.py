@@ -16,7 +16,7 @@ from . import terminal
 #: The file in the folder that tells what the rest of it was measured on.
 _ABOUT = "command.json"
 #: What `calibrate` and `optimize` keep in it.
-_MEASURED = ("input-*.safetensors", "tried*.jsonl", "select-*.jsonl")
+_MEASURED = ("input-*.safetensors", "tried*.jsonl", "search.jsonl")
 
 
 @contextlib.contextmanager
@@ -58,6 +58,9 @@ def kept(output: Path, checkpoint: Path | None, about: Mapping[str, Any], *, res
 
 
 def _measured(folder: Path) -> str:
+    if (folder / "search.jsonl").exists():
+        with (folder / "search.jsonl").open("rb") as lines:
+            return terminal.counted(sum(1 for _ in lines) - 1, "run")
     return terminal.counted(len(list(folder.glob("input-*.safetensors"))), "input")
 
 

@@ -1,0 +1,227 @@
+"""What is tried: sets of key steps from a calibration, from curves and from elsewhere, each with several predictors."""
+
+import itertools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import numpy as np
+
+from dpcache.errors import CalibrationError, InfeasibleBudgetError
+from dpcache.measure.calibration import Calibration
+from dpcache.plan.corrections import corrected
+from dpcache.plan.curves import EXPONENT, smooth_key_steps
+from dpcache.plan.grids import frame
+from dpcache.plan.predictors import Predictor, Taylor, Trend
+from dpcache.plan.recipe import Recipe
+from dpcache.plan.schedule import Boundary, ModelIdentity, Schedule
+
+from .sharing import Turns, turns
+
+EXPONENTS = (1.6, 1.9, 2.3, 2.7, 3.2)
+TAILS = (0.25, 0.4, 0.7, 1.0)
+"""Of the smooth curves that are tried."""
+READY_MADE = (
+    (0, 1, 2, 4, 6, 11, 24, 41, 49),
+    (0, 1, 2, 3, 4, 6, 11, 15, 21, 29, 39, 45, 49),
+    (0, 1, 2, 3, 5, 6, 7, 11, 13, 14, 16, 17, 20, 23, 28, 32, 37, 41, 44, 46, 49),
+)
+"""Key steps of 50 that are best for FLUX.1-dev, of all that were run (arXiv 2609.39343)."""
+READY_MADE_STEPS = 50
+ALL_CHOICES = 12
+"""Up to so many steps every choice of key steps is among the candidates."""
+
+
+@dataclass(frozen=True)
+class Way:
+    """How skipped steps are predicted.
+
+    Attributes:
+        name: for people.
+        predictor: gives the coefficients.
+        corrects: whether key steps make up for errors; only with a calibration that knows how the scheduler moves.
+    """
+
+    name: str
+    predictor: Predictor
+    corrects: bool = False
+
+
+TREND = Way("trend", Trend())
+TAYLOR = tuple(Way(f"Taylor of order {order}", Taylor(order)) for order in (0, 1, 2))
+CORRECTED = Way("Taylor of order 2, corrected", Taylor(2), corrects=True)
+WAYS = (
+    TREND,
+    *(Way(f"trend of rate {rate:g}", Trend(rate)) for rate in (0.5, 2.0)),
+    *TAYLOR,
+    CORRECTED,
+    *(Way(f"{way.name}, corrected", way.predictor, corrects=True) for way in (TREND, TAYLOR[1])),
+)
+"""All of them, the simplest first."""
+
+
+@dataclass(frozen=True)
+class KeySteps:
+    """A choice of key steps, and where it comes from, for people."""
+
+    steps: tuple[int, ...]
+    name: str
+
+
+@dataclass(eq=False)
+class Candidate:
+    """A schedule that is tried.
+
+    Attributes:
+        schedule: the schedule.
+        keys: its key steps.
+        way: how it predicts.
+        errors: number of the judging input -> error.
+        is_plain: one of the plain ways, which are tried on every input.
+    """
+
+    schedule: Schedule
+    keys: KeySteps
+    way: Way
+    is_plain: bool = False
+    errors: dict[int, float] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return f"{self.keys.name}, {self.way.name}"
+
+
+class Candidates:
+    """Makes candidates for one number of key steps.
+
+    Args:
+        num_key_steps: K.
+        num_steps: T.
+        calibration: what to plan from; None where none could be made.
+        boundary: of the schedules.
+        model: of the schedules.
+        sigmas: of the schedules.
+    """
+
+    def __init__(
+        self,
+        num_key_steps: int,
+        num_steps: int,
+        calibration: Calibration | None,
+        *,
+        boundary: Boundary,
+        model: ModelIdentity,
+        sigmas: tuple[float, ...] | None,
+    ) -> None:
+        self.num_key_steps, self.num_steps, self._calibration = num_key_steps, num_steps, calibration
+        self._boundary: Boundary = boundary
+        self._model, self._sigmas = model, sigmas
+        grid = calibration.grid if calibration is not None and len(calibration.gram) else None
+        self._frame = frame(grid) if grid is not None else None
+        self._made: dict[tuple[tuple[int, ...], str], Candidate] = {}
+        self._different: dict[Turns, Candidate] = {}
+
+    def make(self, keys: KeySteps, way: Way, *, is_plain: bool = False) -> Candidate:
+        """The candidate with these key steps; the same one every time, and for all ways that come to the same."""
+        if (keys.steps, way.name) not in self._made:
+            schedule = self._schedule(keys.steps, way)
+            one = self._different.setdefault(turns(schedule), Candidate(schedule, keys, way, is_plain))
+            self._made[keys.steps, way.name] = one
+        return self._made[keys.steps, way.name]
+
+    def plain(self) -> list[Candidate]:
+        """What one would do without trying anything, the simplest first."""
+        ways = [(self._smooth(), TREND), *((self._even(), way) for way in TAYLOR)]
+        found = [self.make(keys, way, is_plain=True) for keys, way in ways]
+        if (plan := self._plan(Recipe())) is not None:
+            way = Way(f"{plan.predictor} of order {plan.order}", Taylor(plan.order), bool(plan.corrections))
+            one = Candidate(plan, KeySteps(plan.key_steps, "the plan"), way, is_plain=True)
+            found.append(self._different.setdefault(turns(plan), one))
+        return list(dict.fromkeys(found))
+
+    @cached_property
+    def key_steps(self) -> list[KeySteps]:
+        """Every choice of key steps, the likeliest first."""
+        found: dict[tuple[int, ...], KeySteps] = {}
+        kinds = [[self._smooth()], self._planned(), self._curves(), self._scaled(), [self._even()], self._choices()]
+        for keys in itertools.chain.from_iterable(kinds):
+            found.setdefault(keys.steps, keys)
+        return list(found.values())
+
+    @property
+    def second(self) -> Way:
+        """What every choice is tried with beside the trend."""
+        return CORRECTED if self._frame is not None else TAYLOR[1]
+
+    def ways(self) -> list[Way]:
+        """Those that can be made, the simplest first."""
+        return [way for way in WAYS if not way.corrects or self._frame is not None]
+
+    def _schedule(self, key_steps: Sequence[int], way: Way) -> Schedule:
+        made = Schedule.from_key_steps(
+            key_steps, self.num_steps, predictor=way.predictor, boundary=self._boundary, model=self._model
+        ).model_copy(update={"sigmas": self._sigmas})
+        if not way.corrects or self._frame is None or self._calibration is None:
+            return made
+        return corrected(made, self._calibration.gram.mean(axis=0), self._frame)
+
+    def _smooth(self) -> KeySteps:
+        return KeySteps(smooth_key_steps(self.num_key_steps, self.num_steps), "the smooth curve")
+
+    def _even(self) -> KeySteps:
+        return KeySteps(Schedule.uniform(self.num_key_steps, self.num_steps).key_steps, "even spacing")
+
+    def _planned(self) -> Iterator[KeySteps]:
+        if self._calibration is None:
+            return
+        named = {f"a plan for order {order}": Recipe(order=order) for order in (2, 1, 0)}
+        named["a plan for the trend"] = Recipe("trend")
+        if not len(self._calibration.gram):
+            named = {"the paper's plan": Recipe(method="paper")}
+        for name, recipe in named.items():
+            if (plan := self._plan(recipe)) is not None:
+                yield KeySteps(plan.key_steps, name)
+
+    def _plan(self, recipe: Recipe) -> Schedule | None:
+        if self._calibration is None:
+            return None
+        try:
+            return self._calibration.plan(self.num_key_steps, recipe=recipe)
+        except (CalibrationError, InfeasibleBudgetError):
+            return None
+
+    def _curves(self) -> Iterator[KeySteps]:
+        """The nearest to the usual curve first."""
+        pairs = itertools.product(EXPONENTS, TAILS)
+        for exponent, tail in sorted(pairs, key=lambda one: abs(one[0] - EXPONENT) + abs(one[1] - TAILS[1])):
+            steps = smooth_key_steps(self.num_key_steps, self.num_steps, exponent=exponent, tail=tail)
+            yield KeySteps(steps, f"a smooth curve (exponent {exponent:g}, tail {tail:g})")
+
+    def _scaled(self) -> Iterator[KeySteps]:
+        """The shapes that are ready made, of the nearest number of key steps first."""
+        for shape in sorted(READY_MADE, key=lambda one: abs(np.log(len(one) / self.num_key_steps))):
+            yield KeySteps(scaled(shape, self.num_key_steps, self.num_steps), f"FLUX's best {len(shape)} of 50")
+
+    def _choices(self) -> Iterator[KeySteps]:
+        """All there are, those like the smooth curve first."""
+        if self.num_steps > ALL_CHOICES:
+            return
+        usual = np.array(self._smooth().steps[1:])
+        rest = itertools.combinations(range(1, self.num_steps), self.num_key_steps - 1)
+        for some in sorted(rest, key=lambda steps: int(np.abs(np.array(steps, dtype=int) - usual).sum())):
+            yield KeySteps((0, *some), "one of all choices")
+
+
+def scaled(shape: Sequence[int], num_key_steps: int, num_steps: int) -> tuple[int, ...]:
+    """Key steps of another K and T on the same curve, t / T over m / (K - 1); moved on where two would be one.
+
+    Args:
+        shape: key steps of `READY_MADE_STEPS`.
+        num_key_steps: K, 1 to T.
+        num_steps: T.
+    """
+    places = np.linspace(0, len(shape) - 1, num_key_steps)
+    wanted = np.interp(places, np.arange(len(shape)), np.array(shape) / READY_MADE_STEPS * num_steps)
+    found = [0]
+    for place, step in enumerate(np.rint(wanted).astype(int).tolist()[1:], start=1):
+        found.append(min(max(step, found[-1] + 1), num_steps - num_key_steps + place))
+    return tuple(found)

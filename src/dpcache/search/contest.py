@@ -1,0 +1,137 @@
+"""Successive halving: many candidates on few inputs, ever fewer on ever more of them, the last ones on all."""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+from .candidates import TREND, Candidate, Candidates
+
+#: Of what is left when they begin, the shares that the rounds may spend.
+FIRST, SECOND, WAYS = 0.5, 0.3, 0.5
+#: In the first rounds so many inputs at most: what is gained by more is less than what more ways to predict gain.
+MOST_FIRST_INPUTS = 6
+#: Choices of key steps that are tried with every way to predict, at least.
+FEWEST_SETS = 3
+#: So much smaller, relative to the best, an error has to be for the less simple of two to win.
+TIE = 1e-6
+
+
+class Trials(Protocol):
+    """Runs candidates."""
+
+    def run(self, candidates: Sequence[Candidate], number: int, beside: int = 0) -> bool:
+        """Has every candidate's error on the input of this number; False if the budget does not allow that.
+
+        Args:
+            candidates: what to run.
+            number: of the input.
+            beside: so many other runs, which share nothing, have to stay affordable.
+        """
+
+    def affordable(self, beside: int = 0, *, shared: bool = True) -> float:
+        """How many runs the budget still allows beside so many others: runs that share as those so far, or nothing."""
+
+
+class Contest:
+    """Finds the best candidate for one number of key steps.
+
+    Args:
+        candidates: makes them.
+        num_inputs: how many inputs there are to judge by.
+        trials: runs them.
+        average: what the errors of several inputs amount to.
+
+    Attributes:
+        tried: candidates that have run at least once.
+        finalists: those of the last round.
+    """
+
+    def __init__(
+        self,
+        candidates: Candidates,
+        num_inputs: int,
+        trials: Trials,
+        average: Callable[[Sequence[float]], float],
+    ) -> None:
+        self._candidates, self._num_inputs = candidates, num_inputs
+        self._trials, self._average = trials, average
+        self._plain = candidates.plain()
+        self.tried: list[Candidate] = []
+        self.finalists: list[Candidate] = []
+
+    def best(self) -> Candidate:
+        """The candidate with the least error on all judging inputs, or on as many as the budget allows."""
+        self._run(self._plain, 1)
+        inputs = self._first_inputs()
+        field = self._run(self._field()[: self._within(FIRST, inputs)], inputs)
+        more = min(self._num_inputs, 2 * inputs)
+        field = self._run(self._ranked(field)[: self._within(SECOND, more - inputs)], more)
+        ways = self._candidates.ways()
+        num_sets = max(FEWEST_SETS, self._within(WAYS, more) // len(ways))
+        sets = list(dict.fromkeys(one.keys for one in self._ranked(field)))[:num_sets]
+        made = dict.fromkeys(self._candidates.make(keys, way) for keys in sets for way in ways)
+        fresh = [one for one in made if one not in self.tried]
+        self._run(fresh[: self._within(WAYS, more)], more)
+        return self._final()
+
+    def _final(self) -> Candidate:
+        """The best of the plain ways and the best others, on all inputs if the budget allows that."""
+        known = max((len(one.errors) for one in self.tried if not one.is_plain), default=0)
+        others = self._ranked([one for one in self.tried if not one.is_plain and len(one.errors) == known])
+        self._run(self._plain, self._num_inputs)
+        missing = self._num_inputs - known
+        if missing:
+            others = others[: max(1, int(self._trials.affordable(shared=False) / missing))]
+        self._run(others, self._num_inputs)
+        self.finalists = [one for one in self._plain if one.errors] or self._plain[:1]
+        # Where none could run on every input, the best is held against the plain ways on those that it has seen.
+        self.finalists += [one for one in others if len(one.errors) == self._num_inputs] or others[:1]
+        return self._least(self.finalists)
+
+    def _first_inputs(self) -> int:
+        """On how many inputs the first round runs."""
+        fit = self._spendable() * FIRST / max(1, len(self._field()))
+        return max(1, min(int(fit), math.ceil(self._num_inputs / 2), MOST_FIRST_INPUTS))
+
+    def _field(self) -> list[Candidate]:
+        """Every choice of key steps with two ways to predict, the likeliest first."""
+        ways = (TREND, self._candidates.second)
+        made = (self._candidates.make(keys, way) for keys in self._candidates.key_steps for way in ways)
+        return list(dict.fromkeys(made))
+
+    @property
+    def _missing(self) -> int:
+        """Runs of the plain ways, which run on all inputs, that are still to come."""
+        return sum(self._num_inputs - len(one.errors) for one in self._plain)
+
+    def _spendable(self) -> float:
+        """How many runs the plain ways leave over."""
+        return self._trials.affordable(self._missing)
+
+    def _within(self, share: float, inputs: int) -> int:
+        """How many candidates may run on so many more inputs each, of a share of what is left over."""
+        return int(share * self._spendable() / inputs) if inputs else len(self.tried)
+
+    def _run(self, candidates: Sequence[Candidate], inputs: int) -> list[Candidate]:
+        """Runs the candidates on the first so many inputs; those that have run on all of these."""
+        beside = 0 if candidates is self._plain else self._missing
+        for number in range(inputs):
+            if candidates and not self._trials.run(candidates, number, beside):
+                break
+        self.tried += [one for one in candidates if one.errors and one not in self.tried]
+        return [one for one in candidates if len(one.errors) >= inputs]
+
+    def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
+        """The best first, on the inputs that all of them have run on; equal ones as they come."""
+        count = min((len(one.errors) for one in candidates), default=0)
+        return sorted(candidates, key=lambda one: self._value(one, count))
+
+    def _value(self, candidate: Candidate, count: int) -> float:
+        return self._average([candidate.errors[number] for number in range(count)]) if count else 0.0
+
+    def _least(self, candidates: Sequence[Candidate]) -> Candidate:
+        """The best; of those as good the simplest, which comes first."""
+        ranked = self._ranked(candidates)
+        count = min(len(one.errors) for one in candidates)
+        least = self._value(ranked[0], count)
+        return next(one for one in candidates if self._value(one, count) <= least + TIE * abs(least))
