@@ -64,7 +64,9 @@ class Subject:
             varying = {name: [value for item in some for value in _listed(item[name])] for name in some[0]}
             generators = [torch.Generator().manual_seed(first_seed + start + row) for row in range(len(some))]
             arguments = {"num_inference_steps": steps, "output_type": "np", "generator": generators}
-            yield {**arguments, **self.model.call_defaults, **varying}
+            # FluxPipeline wants as many negative prompts as prompts.
+            usual = {k: [v] * len(some) if k == "negative_prompt" else v for k, v in self.model.call_defaults.items()}
+            yield {**arguments, **usual, **varying}
 
     def calibrate(self, inputs: Sequence[Inputs], **more: Any) -> dpcache.Calibration:
         arguments = {**self.model.call_defaults, **more}

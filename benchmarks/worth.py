@@ -27,7 +27,7 @@ from dpcache import Recipe, Schedule
 
 BUDGETS = (5, 9, 13)
 SEEDS = (0, 1)
-CALIBRATED, JUDGING = 10, 6
+CALIBRATED = 10
 MODELS = ROOT / "src" / "dpcache" / "zoo" / "models"
 OLD: Any = dpcache
 """The package as it was, whose functions had other arguments."""
@@ -60,8 +60,6 @@ WAYS: dict[str, Callable[["Subject", int], Schedule]] = {
     "least largest hop": _recipe(**BASE, objective="max"),
     "the default of before": lambda subject, k: subject.calibration.plan(k),
     "the paper's plan": _recipe(method="paper"),
-    "select, not tuned": lambda subject, k: subject.selected(k, 0),
-    "select, tuned": lambda subject, k: subject.selected(k, 2),
 }
 ADAPTIVE = "adaptive, per picture"
 WHAT_GOES = {
@@ -74,7 +72,6 @@ WHAT_GOES = {
     "errors in the first power": "plain plan: Taylor 1",
     "errors in the fourth power": "plain plan: Taylor 1",
     "least largest hop": "plain plan: Taylor 1",
-    "select, tuned": "select, not tuned",
     ADAPTIVE: "plain plan: Taylor 1",
 }
 """What each is compared with."""
@@ -104,13 +101,13 @@ class Subject:
         known, held_out = self._pools()
         if model == "hard-flux":
             self.pipe.default_sample_size = 16
-        start = seed * (CALIBRATED + JUDGING)
-        self.known = known[start : start + CALIBRATED + JUDGING]
+        start = seed * CALIBRATED
+        self.known = known[start : start + CALIBRATED]
         self.inputs = [held_out[(seed * count + n) % len(held_out)] for n in range(count)]
         self.full = self.draw(None)
         self.calibration = OLD.calibrate(
             self.pipe,
-            self.known[:CALIBRATED],
+            self.known,
             num_inference_steps=STEPS,
             sensitivity="measured",
             progress=False,
@@ -151,20 +148,6 @@ class Subject:
         self.calls = float(np.mean(calls)) if calls else float(STEPS)
         return np.asarray(pictures, dtype=np.float32)
 
-    def selected(self, k: int, tune: int) -> Schedule:
-        found: Schedule = OLD.select(
-            self.pipe,
-            self.calibration,
-            k,
-            inputs=self.known[CALIBRATED:],
-            fitting_inputs=self.known[:CALIBRATED],
-            tune=tune,
-            progress=False,
-            checkpoint=RESULTS / f"select_{self.model}_{self.seed}_{k}.json",
-            **self.call,
-        )
-        return found
-
 
 def measure(model: str, directory: Path, path: Path, count: int, budgets: Sequence[int], seeds: Sequence[int]) -> None:
     """Every way at every K and seed, written after each row; rows that are there are kept."""
@@ -174,8 +157,6 @@ def measure(model: str, directory: Path, path: Path, count: int, budgets: Sequen
         for k in budgets:
             for way in (*WAYS, ADAPTIVE):
                 if any((row["way"], row["k"], row["seed"]) == (way, k, seed) for row in rows):
-                    continue
-                if way.startswith("select") and seed:  # minutes each
                     continue
                 if way == ADAPTIVE:
                     how = {"num_key_steps": k, "adaptive": True, "on_drift": "ignore"}

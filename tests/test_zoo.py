@@ -185,7 +185,7 @@ def test_the_judge_sees_wrong_pictures() -> None:
 
 def test_unknown_models_are_refused_with_a_remedy(tmp_path: Path) -> None:
     for name in ("tiny-flx", str(tmp_path / "nowhere"), str(tmp_path)):
-        with pytest.raises(UnknownModelError, match="Bundled models: tiny-flux") as refusal:
+        with pytest.raises(UnknownModelError, match="Bundled models: hard-flux") as refusal:
             load_pipeline(name)
         assert name in str(refusal.value)
 

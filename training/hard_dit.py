@@ -9,15 +9,14 @@ import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from dpcache import zoo
-from dpcache.zoo import BundledModel, Inputs
-from dpcache.zoo.leaves import CLASSES, class_of, shuffled_classes
+from dpcache.zoo import BUNDLED
+from dpcache.zoo.leaves import CLASSES, class_of
 from training import hard_flux, leaves
 from training.stages import Stage, train_stage
 from training.tiny_dit import NO_CLASS, save_pipeline, share_embedding
@@ -25,22 +24,6 @@ from training.tiny_flux import to_pixels
 
 SHIFT = 0.3
 """The noise at the time t of 1000 is `SHIFT * t / (1000 - t)` of the picture, as with FLUX and this shift."""
-
-
-def _inputs(name: str) -> tuple[Inputs, ...]:
-    return tuple({"class_labels": [number]} for number in shuffled_classes(name))
-
-
-ROW = BundledModel(
-    name="hard-dit",
-    description="DiTPipeline, one of 40 classes to 64x64 picture of a heap of textured things, most of it left open",
-    directory=Path(zoo.__file__).parent / "models" / "hard-dit",
-    call_defaults=MappingProxyType({"guidance_scale": 4.0}),
-    attributes=MappingProxyType({}),
-    calibration_pool=lambda: _inputs("calibration"),
-    held_out_pool=lambda: _inputs("held-out"),
-)
-"""How the model is called and judged."""
 
 
 @dataclass(frozen=True)
@@ -163,7 +146,7 @@ def train(
     seed: int,
     should_stop: Callable[[int], bool] = lambda step: False,
     settings: Settings | None = None,
-    vae: Path = hard_flux.ROW.directory / "vae",
+    vae: Path = BUNDLED["hard-flux"].directory / "vae",
 ) -> None:
     """Train from nothing, or resume, and save the pipeline.
 

@@ -19,7 +19,6 @@ import torch
 import dpcache
 from dpcache import Calibration, Comparison, Schedule
 from dpcache.zoo import BUNDLED, BundledModel, Inputs, load_pipeline
-from training import hard_dit, hard_flux
 
 if TYPE_CHECKING:
     from diffusers import DiffusionPipeline
@@ -36,9 +35,6 @@ LEAD = 3.0
 """How far, in dB, it has to be above even spacing."""
 BATCH = 16
 """Inputs drawn in one call."""
-
-ROWS: Mapping[str, BundledModel] = {**{row.name: row for row in (hard_flux.ROW, hard_dit.ROW)}, **BUNDLED}
-"""The bundled models, and those that still have to be accepted."""
 
 
 def paper_plan(calibration: Calibration) -> Schedule:
@@ -170,7 +166,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         epilog="example: python -m training.hardness runs/hard-flux/pipeline --as hard-flux",
     )
     parser.add_argument("model", help="a bundled model, or a directory in diffusers format")
-    parser.add_argument("--as", dest="row", choices=list(ROWS), help="whose inputs and call to use [the model's own]")
+    parser.add_argument("--as", dest="row", choices=list(BUNDLED), help="whose inputs and call to use [its own]")
     parser.add_argument("--count", type=int, default=16, help="how many held-out inputs [16]")
     parser.add_argument("--guidance", type=float, help="guide by this instead, in two calls")
     parser.add_argument("--shift", type=float, help="sample with this shift instead")
@@ -182,10 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Judge as the command line says; returns the exit status, 0 if the model is hard."""
     options = _parse(arguments)
     name = options.row or options.model
-    if name not in ROWS:
+    if name not in BUNDLED:
         print(f"error: {name!r} is no known model; say with --as whose inputs to use", file=sys.stderr)
         return 2
-    row = ROWS[name]
+    row = BUNDLED[name]
     pipeline = load_pipeline(options.model)
     if options.shift is not None:
         pipeline.scheduler = type(pipeline.scheduler).from_config(pipeline.scheduler.config, shift=options.shift)

@@ -296,7 +296,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description="Draw held-out inputs and count the pictures or clips that show what they should.",
         epilog="example: python -m training.judge tiny-flux --count 200 --sheet sheet.png",
     )
-    parser.add_argument("model", choices=list(BUNDLED), help="which model")
+    parser.add_argument("model", choices=list(TASKS), help="which model")
     parser.add_argument("--path", help="a pipeline directory to judge in place of the bundled one")
     parser.add_argument("--count", type=int, default=100, help="how many inputs [100]")
     parser.add_argument("--steps", type=int, default=50, help="sampling steps [50]")

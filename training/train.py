@@ -68,7 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    print(f"saved {out / 'pipeline'}; judge it with: python -m training.judge {options.model} --path {out}/pipeline")
+    judge = f"judge {options.model} --path {out}/pipeline"
+    if options.model.startswith("hard"):
+        judge = f"hardness {out}/pipeline --as {options.model}"
+    print(f"saved {out / 'pipeline'}; judge it with: python -m training.{judge}")
     return 0
 
 

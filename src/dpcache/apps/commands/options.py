@@ -16,7 +16,7 @@ def _bundled(incomplete: str) -> list[tuple[str, str]]:
 Model = Annotated[
     str,
     typer.Argument(
-        help="A bundled model (tiny-flux, tiny-dit, tiny-hunyuan-video), a diffusers directory, or a hub id.",
+        help="A bundled model (tiny-flux, hard-flux, tiny-dit, ...), a diffusers directory, or a hub id.",
         autocompletion=_bundled,
     ),
 ]
