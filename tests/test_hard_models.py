@@ -9,6 +9,8 @@ from safetensors.torch import load_file
 from training import hard_dit, hard_flux, hardness, leaves, stages
 from training.tiny_flux import save_pipeline
 
+import dpcache
+from dpcache.zoo import BUNDLED, load_pipeline
 from dpcache.zoo import leaves as heaps
 
 CPU = torch.device("cpu")
@@ -108,3 +110,15 @@ def test_dit_training_saves_a_small_pipeline(tmp_path: Path) -> None:
     )
     size = sum(path.stat().st_size for path in (tmp_path / "dit").rglob("*") if path.is_file())
     assert size < 12e6
+
+
+@pytest.mark.parametrize(("model", "lead"), [("hard-flux", 8.0), ("hard-dit", 8.0)])
+def test_without_a_calibration_hard_models_are_far_above_even_spacing(model: str, lead: float) -> None:
+    bundled, pipeline = BUNDLED[model], load_pipeline(model)
+    pipeline.set_progress_bar_config(disable=True)
+    (call,) = hardness.together(bundled.held_out_inputs(8), 1000, bundled.call_defaults)
+    even = [dpcache.Schedule.uniform(9, 50, order=order) for order in (0, 1)]
+    smooth = dpcache.Schedule.smooth(9, 50, boundary="output")
+    full = dpcache.compare_all(pipeline, [smooth, *even], [call], num_inference_steps=50, progress=False)
+    ours, *others = (np.mean([sample.psnr for sample in one.samples]) for one in full)
+    assert ours > max(others) + lead

@@ -52,7 +52,8 @@ def build_scheduler() -> DDIMScheduler:
     # Half a time early, so that the last one still has some picture in it.
     time = torch.arange(1000, dtype=torch.float64) + 0.5
     noise = SHIFT * time / (1000 - time)
-    kept = 1 / (1 + noise**2)
+    # A little noise is left: in float32 DDIM would divide by nothing.
+    kept = 1 / (1 + noise**2 + 1e-5)
     betas = 1 - kept / torch.cat([torch.ones(1, dtype=torch.float64), kept[:-1]])
     return DDIMScheduler(trained_betas=betas.tolist(), clip_sample=False)
 

@@ -126,7 +126,8 @@ __all__ = [  # noqa: RUF022 - in the order of use
 
 def __getattr__(name: str) -> Any:
     if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        instead = "; use dpcache.optimize(pipe, inputs, num_key_steps=13, budget=60)" if name == "select" else ""
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")
     home = importlib.import_module(f".{_HOME[name]}", __name__)
     value = getattr(home, name, home)  # `dpcache.plan` is a package that can be called
     globals()[name] = value

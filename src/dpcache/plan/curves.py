@@ -3,7 +3,7 @@
 A sampler decides composition in its first steps, so these are computed one after the other; from there the gaps grow
 steadily, and the last few steps, which hardly move the sample, are predicted. The best of 1,370,754 schedules of
 FLUX.1-dev, all of them run, looks like this (arXiv 2609.39343), and so do the best ones of small models that leave much
-to decide (docs/curves.md).
+to decide (docs/defaults.md).
 
 The curve is drawn over step numbers, not over noise levels: who chooses a model's shift for its resolution spaces its
 levels so that the same share of steps comes before composition is decided.

@@ -57,7 +57,7 @@ WAYS = (
     CORRECTED,
     *(Way(f"{way.name}, corrected", way.predictor, corrects=True) for way in (TREND, TAYLOR[1])),
 )
-"""All of them, the simplest first."""
+"""Those that need no fitting, the simplest first."""
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,11 @@ class Candidates:
 
     def ways(self) -> list[Way]:
         """Those that can be made, the simplest first."""
-        return [way for way in WAYS if not way.corrects or self._frame is not None]
+        found = list(WAYS)
+        if self._calibration is not None and len(self._calibration.gram):
+            fitted = Way("fitted of order 1", self._calibration.predictor("fitted", 1))
+            found += [fitted, Way(f"{fitted.name}, corrected", fitted.predictor, corrects=True)]
+        return [way for way in found if not way.corrects or self._frame is not None]
 
     def _schedule(self, key_steps: Sequence[int], way: Way) -> Schedule:
         made = Schedule.from_key_steps(

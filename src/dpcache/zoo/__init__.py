@@ -88,7 +88,7 @@ _ROWS = (
         description="DiTPipeline, one of 40 classes to 64x64 picture of a heap of things, most of it left open, 2.3 M "
         "parameters",
         directory=Path(__file__).parent / "models" / "hard-dit",
-        call_defaults=MappingProxyType({"guidance_scale": 4.0}),
+        call_defaults=MappingProxyType({"guidance_scale": 8.0}),
         attributes=MappingProxyType({}),
         calibration_pool=lambda: _class_inputs(leaves.shuffled_classes("calibration")),
         held_out_pool=lambda: _class_inputs(leaves.shuffled_classes("held-out")),
