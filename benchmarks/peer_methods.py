@@ -96,6 +96,11 @@ def planned(bench: Bench, k: int) -> Setting:
     return scheduled(bench.calibration.plan(k))
 
 
+def not_calibrated(bench: Bench, k: int) -> Setting:
+    """`enable(pipe, num_key_steps=k)`: nothing is measured, nothing is run."""
+    return scheduled(dpcache.Schedule.smooth(k, bench.steps, boundary="output"))
+
+
 def papers_plan(bench: Bench, k: int) -> Setting:
     return scheduled(bench.calibration.plan(k, recipe=dpcache.Recipe(method="paper")))
 
@@ -383,6 +388,7 @@ FULL_NAME = "full"
 METHODS = (
     Method(SELECTED, selected),
     Method("dpcache, one plan", planned),
+    Method("dpcache, no calibration", not_calibrated),
     Method("dpcache, the paper's plan", papers_plan),
     Method("uniform interval, Taylor 2", uniform),
     Method("fewer steps", fewer_steps),

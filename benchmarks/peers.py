@@ -1,7 +1,7 @@
 """This library beside the caches and solvers that people use, at equal full calls, on the bundled models.
 
     python -m benchmarks.peers                        # every bundled model, then the page and the plots: `make bench`
-    python -m benchmarks.peers tiny-dit --inputs 16   # one model, sooner
+    python -m benchmarks.peers hard-flux -k 9 --inputs 16   # one model, sooner
     python -m benchmarks.peers --quick                # does it all run? a minute at toy size, into a directory apart
     python -m benchmarks.peers --resume               # go on after an interruption
     python -m benchmarks.peers --page-only            # the page from the figures already measured
@@ -132,6 +132,7 @@ def main() -> None:
         epilog="example: python -m benchmarks.peers tiny-dit --inputs 16",
     )
     parser.add_argument("models", nargs="*", metavar="MODEL", help=f"of {', '.join(BUNDLED)} (default: all)")
+    parser.add_argument("-k", "--key-steps", type=int, nargs="+", default=BUDGETS, help="K (default 20, 13 and 9)")
     parser.add_argument("--inputs", type=int, default=64, help="held-out inputs (default 64)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the results")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are measured already")
@@ -141,7 +142,11 @@ def main() -> None:
     if unknown := set(options.models) - set(BUNDLED):
         parser.error(f"no bundled model named {', '.join(sorted(unknown))}; there are {', '.join(BUNDLED)}")
     os.environ.setdefault("CACHE_DIT_LOG_LEVEL", "error")
-    out, models, size = options.out, options.models or present(), {"inputs": options.inputs}
+    out, models, size = (
+        options.out,
+        options.models or present(),
+        {"inputs": options.inputs, "budgets": options.key_steps},
+    )
     if options.quick:
         out = Path(tempfile.mkdtemp(prefix="peers-")) if options.out == RESULTS else options.out
         models, size = options.models or ["tiny-flux"], QUICK
