@@ -18,7 +18,7 @@ from dpcache.plan.schedule import Boundary, ModelIdentity, Schedule
 
 from .sharing import Turns, turns
 
-EXPONENTS = (1.6, 1.9, 2.3, 2.7, 3.2)
+EXPONENTS = (1.6, 1.9, 2.3, 2.6, 3.2)
 TAILS = (0.25, 0.4, 0.7, 1.0)
 """Of the smooth curves that are tried."""
 READY_MADE = (
