@@ -28,7 +28,8 @@ docs: .venv/installed  ## the documentation as a site: site/index.html
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
-bench: .venv/installed  ## the comparison with peers on every bundled model: benchmarks/results/peers.md
+bench: .venv/installed  ## every default at every K, and peers beside them: docs/defaults.md, benchmarks/results/peers.md; hours
+	$(BIN)/python -m benchmarks.defaults
 	$(BIN)/python -m benchmarks.peers
 
 bench-speed: .venv/installed  ## how fast: docs/performance.md; about 15 minutes on an idle machine

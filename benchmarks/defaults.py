@@ -107,20 +107,19 @@ class Measured:
 ABOUT = """# Every default at every K
 
 Made by `python -m benchmarks.defaults` (`make bench`). PSNR against the full run of T steps, in float, mean (5th
-percentile) in dB over {inputs} held-out inputs. The last column is the best of the plain ways, in the mean and in the
+percentile) in dB over held-out inputs. The last column is the best of the plain ways, in the mean and in the
 5th percentile each: even spacing with orders 0, 1 and 2, and K steps of the sampler. **Bold** is more than {grace} dB
 below it, a miss. No calibration is excused on the easy models, where a plan knows what nothing can guess.
 
 - *no calibration*: `enable(pipe, num_key_steps=K)`, a smooth curve and the trend, at the denoiser's output.
 - *one plan*: `calibrate(..., sensitivity="measured")` on {calibrated} inputs, then `plan(K)`.
-- *optimize*: with a budget of {budget} full runs for each K.
+- *optimize*: one search for each K, with the budget that is named.
 """
 
 
 def page(results: Sequence[Row]) -> str:
     """The page of all models, the hard ones first."""
-    first = results[0]
-    about = ABOUT.format(inputs=first["inputs"], grace=GRACE, calibrated=CALIBRATED, budget=first["budget"])
+    about = ABOUT.format(grace=GRACE, calibrated=CALIBRATED)
     return "\n".join([about, *(_section(result) for result in results)])
 
 
@@ -144,7 +143,8 @@ def _section(result: Row) -> str:
         body.append([k, *cells, f"{floor[0]:.1f} ({floor[1]:.1f})", best])
     head = ["K", *ways, "best plain way", "which (mean)"]
     asked = f"{misses} misses" if misses != 1 else "1 miss"
-    return f"## {result['model']} ({regime}), T = {result['steps']}\n\n{asked}.\n\n{table(head, body)}"
+    title = f"## {result['model']} ({regime}), T = {result['steps']}"
+    return f"{title}\n\n{result['inputs']} inputs; {asked}; budget {result['budget']} full runs.\n\n{table(head, body)}"
 
 
 def main() -> None:

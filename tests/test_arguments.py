@@ -74,7 +74,7 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
     ("plan_all", lambda: made_calibration().plan_all({}), TypeError, "recipe must be a dpcache.Recipe"),
     ("schedule", lambda: made_calibration().schedule([0, 3], 2), TypeError, "recipe must be a dpcache.Recipe"),
     ("schedule", lambda: made_calibration().schedule([0, 30]), ValueError, "not one of the 20 steps"),
-    ("predictor", lambda: made_calibration().predictor("newton"), ValueError, 'predictor must be "taylor" or "fitted"'),
+    ("predictor", lambda: made_calibration().predictor("newton"), ValueError, 'predictor must be "taylor", "trend" or'),
     ("weights", lambda: made_calibration().weights(2), ValueError, "measured must be from 0 to 1, got 2"),
     ("on_grid", lambda: made_calibration().on_grid("30"), TypeError, "num_inference_steps must be a whole number"),
     ("merged", lambda: dpcache.Calibration.merged([3]), TypeError, "only calibrations can be merged"),

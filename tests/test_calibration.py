@@ -153,7 +153,7 @@ def test_readme_python_runs(tmp_path, monkeypatch):
     (snippet,) = re.findall(r"```python\n(.*?)```", readme, flags=re.DOTALL)
     names: dict[str, object] = {}
     exec(compile(snippet, "README.md", "exec"), names)
-    assert names["image"].size == (32, 32)
+    assert names["image"].size == (64, 64)
     assert names["schedule"].num_key_steps == 13
 
 

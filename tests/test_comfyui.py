@@ -142,7 +142,7 @@ def test_calibrated_planned_and_applied(studio: Studio, schedule: Any, full: Any
     assert (calibration.facts.prediction, calibration.facts.scheduler) == ("flow_prediction", "euler")
     assert schedule.num_key_steps == KEYS and schedule.model == identity(studio.model)
     assert schedule.sigmas == tuple(studio.sigmas().tolist())
-    assert calibration.plan(KEYS) == schedule
+    assert calibration.plan(KEYS, recipe=dpcache.Recipe(order=2)) == schedule
 
     studio.network.calls = 0
     found = studio.draw(apply(studio.model, schedule))

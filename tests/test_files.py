@@ -72,12 +72,12 @@ def test_calibration_round_trip_and_plan(calibration, tmp_path):
     for recipe in (Recipe(), Recipe(measured=1.0), Recipe(method="paper"), Recipe(predictor="fitted")):
         np.testing.assert_array_equal(loaded.cost(recipe), calibration.cost(recipe))
     assert loaded.facts == calibration.facts
-    schedule = loaded.plan(num_key_steps=7, recipe=Recipe(max_gap=5))
+    schedule = loaded.plan(num_key_steps=7, recipe=Recipe("taylor", max_gap=5))
     best = dpcache.plan(calibration.cost(), 7, first_key_steps=1, max_gap=5)
     assert schedule.key_steps == best.key_steps
     assert schedule.cost == best.cost
     assert (schedule.model, schedule.boundary, schedule.order) == (MODEL, "blocks", 2)
-    assert loaded.plan_all()[7] == dpcache.plan(calibration.cost(), 7, first_key_steps=1)
+    assert loaded.plan_all(Recipe("taylor"))[7] == dpcache.plan(calibration.cost(), 7, first_key_steps=1)
     assert loaded.interpolation_error == calibration.interpolation_error
     loaded.on_grid(12).save(tmp_path / "interpolated.safetensors")
     interpolated = dpcache.Calibration.load(tmp_path / "interpolated.safetensors")

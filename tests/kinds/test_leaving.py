@@ -254,7 +254,7 @@ def test_plans_for_many_resolutions_are_bounded(flux: Any) -> None:
         flux, [PROMPT, OTHER], num_inference_steps=12, max_sequence_length=24, progress=False
     )
     dpcache.enable(flux, calibration, num_key_steps=4)
-    plans = flux._dpcache_entry.watcher._plans
+    plans = flux._dpcache_entry.watcher.plans
     for number in range(_KEPT + 40):
         flux.scheduler.set_timesteps(12, sigmas=np.linspace(1.0, 1 / (12 + number / 10), 12), mu=0.5)
         levels = tuple(flux.scheduler.sigmas.tolist())

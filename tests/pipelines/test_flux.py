@@ -333,7 +333,7 @@ def test_another_thread_is_not_disturbed(flux):
 
 
 def test_enable_and_disable_in_the_wrong_order(flux):
-    with pytest.raises(dpcache.CacheStateError, match=r"enable\(pipe, schedule\) first"):
+    with pytest.raises(dpcache.CacheStateError, match=r"enable\(pipe, num_key_steps=13\) first"):
         dpcache.disable(flux)
     with pytest.raises(dpcache.CacheStateError, match="not enabled"):
         dpcache.stats(flux)

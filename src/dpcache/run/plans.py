@@ -298,6 +298,9 @@ class _Remembered(Generic[Key]):
         self._known: OrderedDict[Key, Schedule] = OrderedDict()
         self._lock = threading.Lock()
 
+    def __len__(self) -> int:
+        return len(self._known)
+
     def get(self, key: Key, make: Callable[[], Schedule]) -> Schedule:
         with self._lock:
             if key not in self._known:
