@@ -17,6 +17,7 @@ from dpcache.files.cards import Rows, fact_rows
 from dpcache.files.hub import HubFile
 from dpcache.plan.corrections import corrected
 from dpcache.plan.costs import CostTensor, sampler_cost, schedule_cost
+from dpcache.plan.curves import key_steps_for
 from dpcache.plan.grids import Frame, NoiseGrid, frame, left_out_error
 from dpcache.plan.planner import Plan, checked_budget, plan, plan_all
 from dpcache.plan.predictors import Fitted, Predictor, Taylor, Trend, chosen_ridge
@@ -222,8 +223,7 @@ class Calibration(HubFile):
         if speedup is not None:
             if not 1 <= number("speedup", speedup) <= steps:
                 raise ValueError(f"speedup must be from 1 to the number of steps ({steps}), got {speedup}.")
-            # A hair more, for 50 / 3.5714... is meant as 14.
-            return math.floor(steps / speedup + 1e-9)
+            return key_steps_for(speedup, steps)
         if not (limit := number("max_error", max_error)) > 0:
             raise ValueError(f"max_error must be above 0, got {max_error}: it is a share of the full run's output.")
         for budget, found in self.plan_all(recipe).items():

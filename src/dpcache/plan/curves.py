@@ -9,6 +9,8 @@ The curve is drawn over step numbers, not over noise levels: who chooses a model
 levels so that the same share of steps comes before composition is decided.
 """
 
+import math
+
 import numpy as np
 
 from dpcache.checks import number, whole
@@ -49,3 +51,9 @@ def smooth_key_steps(
     for place, step in enumerate(wanted[1:], start=1):
         found.append(min(max(step, found[-1] + 1), steps - count + place))
     return tuple(found)
+
+
+def key_steps_for(speedup: float, num_inference_steps: int) -> int:
+    """The most key steps with which T / K is no less than a speedup, or one."""
+    # A hair more, for 50 / 3.5714... is meant as 14.
+    return max(1, math.floor(num_inference_steps / speedup + 1e-9))

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import math
 import operator
 import os
 from collections.abc import Sequence
@@ -18,7 +17,7 @@ from dpcache.files.cards import Rows, fact_rows
 from dpcache.files.hub import HubFile
 from dpcache.files.whole import MAKERS, check_version, read_bytes, write_whole
 
-from .curves import smooth_key_steps
+from .curves import key_steps_for, smooth_key_steps
 from .levels import noise_levels
 from .predictors import Predictor, Taylor, Trend
 
@@ -197,8 +196,7 @@ class Schedule(HubFile, BaseModel):
             raise ValueError("give one of num_key_steps and speedup.")
         steps = len(timesteps)
         if num_key_steps is None:
-            # A hair more, for 50 / 3.5714... is meant as 14.
-            num_key_steps = max(1, math.floor(steps / number("speedup", speedup, 1) + 1e-9))
+            num_key_steps = key_steps_for(number("speedup", speedup, 1), steps)
         schedule = cls.smooth(num_key_steps, steps, **{"boundary": "output", **more})
         return schedule.model_copy(update={"sigmas": noise_levels(scheduler)})
 

@@ -3,7 +3,6 @@
 Each says, when a loop's place on its sampler's grid is known, which schedule the loop follows from there.
 """
 
-import math
 import os
 import threading
 from collections import OrderedDict
@@ -16,6 +15,7 @@ import numpy.typing as npt
 
 from dpcache.checks import number, whole
 from dpcache.errors import DPCacheError, GridError
+from dpcache.plan.curves import key_steps_for
 from dpcache.plan.grids import NoiseGrid
 from dpcache.plan.matching import part_by_levels, part_by_number
 from dpcache.plan.recipe import Recipe
@@ -60,7 +60,6 @@ class Calibrated(Protocol):
         sigmas: Sequence[float] | None = None,
         scheduler: Any = None,
     ) -> "Calibrated": ...
-    def schedule(self, key_steps: Sequence[int], recipe: Recipe = ...) -> Schedule: ...
     def plan(
         self,
         num_key_steps: int | None = ...,
@@ -216,8 +215,7 @@ class Curves:
 
     def of(self, steps: int) -> Schedule:
         """The schedule for a loop of so many steps."""
-        # A hair more, for 50 / 3.5714... is meant as 14.
-        count = self._num_key_steps or max(1, math.floor(steps / (self._speedup or 1) + 1e-9))
+        count = self._num_key_steps or key_steps_for(self._speedup or 1, steps)
         return Schedule.smooth(min(count, steps), steps, boundary=self.boundary)
 
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from dpcache.errors import CalibrationError, InfeasibleBudgetError
 from dpcache.measure.calibration import Calibration
+from dpcache.plan.builtin import builtins
 from dpcache.plan.corrections import corrected
 from dpcache.plan.curves import EXPONENT, smooth_key_steps
 from dpcache.plan.grids import frame
@@ -21,12 +22,8 @@ from .sharing import Turns, turns
 EXPONENTS = (1.6, 1.9, 2.3, 2.6, 3.2)
 TAILS = (0.25, 0.4, 0.7, 1.0)
 """Of the smooth curves that are tried."""
-READY_MADE = (
-    (0, 1, 2, 4, 6, 11, 24, 41, 49),
-    (0, 1, 2, 3, 4, 6, 11, 15, 21, 29, 39, 45, 49),
-    (0, 1, 2, 3, 5, 6, 7, 11, 13, 14, 16, 17, 20, 23, 28, 32, 37, 41, 44, 46, 49),
-)
-"""Key steps of 50 that are best for FLUX.1-dev, of all that were run (arXiv 2609.39343)."""
+READY_MADE = (9, 13, 21)
+"""Key steps of the ready-made schedules of FLUX.1-dev that were run, not drawn between others (`plan.builtin`)."""
 READY_MADE_STEPS = 50
 ALL_CHOICES = 12
 """Up to so many steps every choice of key steps is among the candidates."""
@@ -202,7 +199,9 @@ class Candidates:
 
     def _scaled(self) -> Iterator[KeySteps]:
         """The shapes that are ready made, of the nearest number of key steps first."""
-        for shape in sorted(READY_MADE, key=lambda one: abs(np.log(len(one) / self.num_key_steps))):
+        flux = builtins()["flux1-dev"]
+        shapes = [flux.plans[count].key_steps for count in READY_MADE]
+        for shape in sorted(shapes, key=lambda one: abs(np.log(len(one) / self.num_key_steps))):
             yield KeySteps(scaled(shape, self.num_key_steps, self.num_steps), f"FLUX's best {len(shape)} of 50")
 
     def _choices(self) -> Iterator[KeySteps]:
