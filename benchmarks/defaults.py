@@ -32,6 +32,7 @@ FEWER = "K steps of the sampler"
 PLAIN = (*EVEN, FEWER)
 DEFAULTS = ("no calibration", "one plan", "optimize")
 PAPER = "the paper's plan"
+WAYS = (*PLAIN, *DEFAULTS, PAPER)
 
 
 class Measured:
@@ -45,12 +46,12 @@ class Measured:
         self._calibration: dpcache.Calibration | None = None
         self._optimized: dict[int, dpcache.Schedule] = {}
 
-    def run(self, *, resume: bool) -> None:
-        """Every way at every K, written to the file after each row."""
+    def run(self, ways: Sequence[str], *, resume: bool) -> None:
+        """The ways at every K, written to the file after each row."""
         if resume and self.path.exists():
             self.rows = json.loads(self.path.read_text())["rows"]
         done = {(row["way"], row["k"]) for row in self.rows}
-        for way in (*PLAIN, *DEFAULTS, PAPER):
+        for way in ways:
             for k in self.key_steps:
                 if (way, k) not in done and k <= self.steps:
                     self._add(way, k)
@@ -74,7 +75,7 @@ class Measured:
         if way in EVEN:
             return dpcache.Schedule.uniform(k, self.steps, order=EVEN[way])
         if way == "no calibration":
-            return dpcache.Schedule.smooth(k, self.steps, boundary="output")
+            return self.subject.uncalibrated(k, self.steps)
         if way == "optimize":
             return self._optimize()[k]
         recipe = dpcache.Recipe(method="paper") if way == PAPER else dpcache.Recipe()
@@ -111,7 +112,8 @@ percentile) in dB over held-out inputs. The last column is the best of the plain
 5th percentile each: even spacing with orders 0, 1 and 2, and K steps of the sampler. **Bold** is more than {grace} dB
 below it, a miss. No calibration is excused on the easy models, where a plan knows what nothing can guess.
 
-- *no calibration*: `enable(pipe, num_key_steps=K)`, a smooth curve and the trend, at the denoiser's output.
+- *no calibration*: `enable(pipe, num_key_steps=K)`, a smooth curve and the trend, corrected where T / K is at most 4,
+  at the denoiser's output.
 - *one plan*: `calibrate(..., sensitivity="measured")` on {calibrated} inputs, then `plan(K)`.
 - *optimize*: one search for each K, with the budget that is named.
 """
@@ -158,6 +160,7 @@ def main() -> None:
     parser.add_argument("--inputs", type=int, default=64, help="held-out inputs (default 64)")
     parser.add_argument("--budget", type=int, default=BUDGET, help="of optimize, full runs (default 60)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the figures")
+    parser.add_argument("--ways", nargs="+", choices=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)} (default: all)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are measured already")
     parser.add_argument("--page-only", action="store_true", help="measure nothing, write the page")
     options = parser.parse_args()
@@ -167,7 +170,7 @@ def main() -> None:
         key_steps = options.key_steps or KEY_STEPS.get(steps, KEY_STEPS[50])
         path = options.out / f"defaults_{model}_{steps}.json"
         measured = Measured(model, options.inputs, key_steps, steps, options.budget, path)
-        measured.run(resume=options.resume)
+        measured.run(options.ways or WAYS, resume=options.resume)
     paths = [options.out / f"defaults_{model}_{steps}.json" for model, steps in itertools.product(BUNDLED, KEY_STEPS)]
     results = [json.loads(path.read_text()) for path in paths if path.exists()]
     written = ROOT / "docs" / "defaults.md" if options.out == RESULTS else options.out / "defaults.md"

@@ -98,7 +98,7 @@ def planned(bench: Bench, k: int) -> Setting:
 
 def not_calibrated(bench: Bench, k: int) -> Setting:
     """`enable(pipe, num_key_steps=k)`: nothing is measured, nothing is run."""
-    return scheduled(dpcache.Schedule.smooth(k, bench.steps, boundary="output"))
+    return scheduled(bench.uncalibrated(k, bench.steps))
 
 
 def papers_plan(bench: Bench, k: int) -> Setting:

@@ -12,26 +12,23 @@ from pathlib import Path
 import matplotlib
 
 import dpcache
-from benchmarks.subjects import STEPS
+from benchmarks.subjects import STEPS, Subject
 from dpcache.judge.comparison import Comparison
 from dpcache.zoo import BUNDLED
 
 MODEL = BUNDLED["hard-flux"]
 PICTURE = Path(__file__).parents[1] / "docs" / "full_and_cached.png"
-WAYS = {
-    "dpcache, 13 of 50": dpcache.Schedule.smooth(13, STEPS, boundary="output"),
-    "dpcache, 9 of 50": dpcache.Schedule.smooth(9, STEPS, boundary="output"),
-    "even spacing,\nTaylor 1, 9 of 50": dpcache.Schedule.uniform(9, STEPS, order=1),
-}
+WAYS = ("dpcache, 13 of 50", "dpcache, 9 of 50", "even spacing,\nTaylor 1, 9 of 50")
 #: Far from the seeds of calibration.
 SEED = 1000
 
 
 def comparisons(num_pictures: int) -> list[Comparison]:
     """One for each of the ways, of the first held-out prompts."""
-    pipe = dpcache.load_pipeline(MODEL.name)
-    prompts = MODEL.held_out_inputs(num_pictures)
-    return dpcache.compare_all(pipe, list(WAYS.values()), prompts, seeds=SEED, **MODEL.call_defaults)
+    subject = Subject(MODEL.name, num_pictures)
+    even = dpcache.Schedule.uniform(9, STEPS, order=1)
+    ways = [subject.uncalibrated(13), subject.uncalibrated(9), even]
+    return dpcache.compare_all(subject.pipe, ways, subject.inputs, seeds=SEED, **MODEL.call_defaults)
 
 
 def draw(found: list[Comparison], path: Path) -> None:

@@ -12,6 +12,7 @@ from tqdm.auto import tqdm
 import dpcache
 from dpcache.judge.metrics import psnr
 from dpcache.run.inputs import call_arguments, label
+from dpcache.run.plans import Curves
 from dpcache.zoo import BUNDLED, Inputs
 
 ROOT = Path(__file__).parent.parent
@@ -67,6 +68,13 @@ class Subject:
             # FluxPipeline wants as many negative prompts as prompts.
             usual = {k: [v] * len(some) if k == "negative_prompt" else v for k, v in self.model.call_defaults.items()}
             yield {**arguments, **usual, **varying}
+
+    def uncalibrated(self, num_key_steps: int, steps: int = STEPS) -> dpcache.Schedule:
+        """What `enable(pipe, num_key_steps=K)` follows: a short call has the scheduler know its steps."""
+        (call,) = self.batches(self.inputs[:1], steps, 1)
+        with dpcache.enabled(self.pipe, num_key_steps=1):
+            self.pipe(**call)
+        return Curves(num_key_steps).of(steps, self.pipe.scheduler)
 
     def calibrate(self, inputs: Sequence[Inputs], **more: Any) -> dpcache.Calibration:
         arguments = {**self.model.call_defaults, **more}

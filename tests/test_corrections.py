@@ -6,7 +6,7 @@ import torch
 from diffusers import EulerAncestralDiscreteScheduler, EulerDiscreteScheduler
 
 import dpcache
-from dpcache.plan.corrections import corrected, interpolation
+from dpcache.plan.corrections import by_gram, corrected
 from dpcache.plan.grids import FLOW, Frame, NoiseGrid, frame
 from dpcache.plan.schedule import Term
 from dpcache.zoo import BUNDLED
@@ -30,9 +30,11 @@ def test_of_curves_that_interpolation_knows_the_whole_hop_is_made_up_for():
     gram = values @ values.T / 500
     moves = -np.linspace(0.02, 0.08, steps)
     schedule = dpcache.Schedule.from_key_steps((0, 2, 5, 9, 14), steps)
-    made = corrected(schedule, gram, Frame(moves, np.zeros(steps)))
+    assert schedule.last_uses[0] == 8  # known before the schedule is changed
+    made = corrected(schedule, Frame(moves, np.zeros(steps)), by_gram(gram, moves))
     assert list(made.corrections) == [2, 5, 9, 14]
-    assert corrected(schedule, gram, Frame(moves, np.full(steps, 1e3))).corrections == {}
+    assert made.last_uses[0] == 9  # a correction needs it longer
+    assert corrected(schedule, Frame(moves, np.full(steps, 1e3)), by_gram(gram, moves)).corrections == {}
 
     def missed(schedule, before, key):
         hop = range(before + 1, key)
@@ -44,7 +46,7 @@ def test_of_curves_that_interpolation_knows_the_whole_hop_is_made_up_for():
 
     for before, key in ((5, 9), (9, 14)):  # with four values known
         assert np.linalg.norm(missed(made, before, key)) < 1e-3 * np.linalg.norm(missed(schedule, before, key))
-    np.testing.assert_allclose(interpolation(gram, moves, [], [2, 5]), 0)
+    np.testing.assert_allclose(by_gram(gram, moves)([], [2, 5]), 0)
 
 
 @pytest.mark.parametrize("prediction", [FLOW, "epsilon", "v_prediction"])

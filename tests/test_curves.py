@@ -10,7 +10,9 @@ import dpcache
 from dpcache import Schedule
 from dpcache.errors import GridError
 from dpcache.plan.curves import smooth_key_steps
+from dpcache.plan.levels import noise_levels
 from dpcache.plan.predictors import Taylor, Trend
+from dpcache.run.plans import Curves
 from dpcache.zoo import load_pipeline
 
 
@@ -79,13 +81,39 @@ def test_a_speedup_is_enough(pipeline):
 
 
 def test_the_schedule_for_a_sampler_is_the_one_that_enable_follows(pipeline):
-    with dpcache.enabled(pipeline, num_key_steps=6):
+    with dpcache.enabled(pipeline, num_key_steps=4):
         expected = draw(pipeline, 20)
-    schedule = Schedule.for_sampler(pipeline.scheduler, 6)
-    assert schedule == Schedule.for_sampler(pipeline.scheduler, speedup=20 / 6)
+    schedule = Schedule.for_sampler(pipeline.scheduler, 4)
+    assert schedule == Schedule.for_sampler(pipeline.scheduler, speedup=5)
     assert schedule.sigmas is not None and len(schedule.sigmas) == 21
     with dpcache.enabled(pipeline, schedule):
         assert np.array_equal(draw(pipeline, 20), expected)
+
+
+def test_enable_also_corrects_where_that_is_safe(pipeline):
+    """What it follows is `for_sampler`'s schedule, with corrections, and comes nearer to the full run."""
+    full = draw(pipeline, 50)
+    pipeline.scheduler.set_timesteps(50)
+    corrected = Curves(13).of(50, pipeline.scheduler)
+    assert corrected.corrections and Curves(12).of(50, pipeline.scheduler).corrections == {}
+    without = corrected.model_copy(update={"corrections": {}, "sigmas": noise_levels(pipeline.scheduler)})
+    assert without == Schedule.for_sampler(pipeline.scheduler, 13)
+    with dpcache.enabled(pipeline, num_key_steps=13):
+        followed = draw(pipeline, 50)
+    with dpcache.enabled(pipeline, corrected):
+        assert np.array_equal(draw(pipeline, 50), followed)
+    with dpcache.enabled(pipeline, without):
+        uncorrected = draw(pipeline, 50)
+    assert np.square(followed - full).mean() < np.square(uncorrected - full).mean()
+
+
+def test_nothing_is_corrected_where_steps_are_of_no_known_kind(pipeline):
+    from diffusers import EulerAncestralDiscreteScheduler
+
+    ancestral = EulerAncestralDiscreteScheduler.from_config(pipeline.scheduler.config)
+    ancestral.set_timesteps(50)
+    assert Curves(13).of(50, ancestral).corrections == {}
+    assert Curves(13).of(50).corrections == {}
 
 
 def test_a_loop_of_ones_own_says_how_many_steps_it_takes(pipeline):

@@ -208,6 +208,8 @@ class Looking:
     def affordable(self, beside=0, shared=True):
         return max(0, self.left - beside)
 
+    runs_to_fit = 0
+
 
 def test_a_contest_finds_what_is_best_and_more_runs_find_more():
     rng = np.random.default_rng(0)

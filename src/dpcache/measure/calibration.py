@@ -15,7 +15,7 @@ from dpcache.checks import no_more_arguments, number
 from dpcache.errors import CalibrationError, GridError
 from dpcache.files.cards import Rows, fact_rows
 from dpcache.files.hub import HubFile
-from dpcache.plan.corrections import corrected
+from dpcache.plan.corrections import by_gram, corrected
 from dpcache.plan.costs import CostTensor, sampler_cost, schedule_cost
 from dpcache.plan.curves import key_steps_for
 from dpcache.plan.grids import Frame, NoiseGrid, frame, left_out_error
@@ -342,7 +342,7 @@ class Calibration(HubFile):
             corrects = recipe.method != "paper" and self._relative_error(schedule) <= SAFE_TO_CORRECT
         if not corrects or self._frame is None:
             return schedule
-        return corrected(schedule, self.gram.mean(axis=0), self._frame)
+        return corrected(schedule, self._frame, by_gram(self.gram.mean(axis=0), self._frame.moves))
 
     def _predicted(self, key_steps: Sequence[int], recipe: Recipe) -> Schedule:
         """With the recipe's predictor, not corrected."""

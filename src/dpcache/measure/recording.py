@@ -35,6 +35,7 @@ class RecordedRun:
         values: per branch, the value at the boundary at every step it was called, step -> tensor in host memory.
         received: what the scheduler was given at every step, after guidance, step -> float32 [D] in host memory.
         influence: how far the scheduler moved the sample per unit of what it was given (see `costs.step_influence`).
+        samples: where each step led, by the step that starts from it, 1 to T: float32 [D] in host memory; if asked for.
         output: what the pipeline returned.
     """
 
@@ -44,6 +45,7 @@ class RecordedRun:
     values: dict[Branch, dict[int, torch.Tensor]] = field(default_factory=dict)
     received: dict[int, torch.Tensor] = field(default_factory=dict)
     influence: dict[int, float] = field(default_factory=dict)
+    samples: dict[int, torch.Tensor] = field(default_factory=dict)
     output: Any = None
     _complete: list[torch.Tensor] | None = field(default=None, repr=False)
 
@@ -96,6 +98,7 @@ def record(
     *,
     boundary: Boundary = "blocks",
     on_step: Callable[[int], object] = lambda step: None,
+    samples: bool = False,
 ) -> RecordedRun:
     """Calls `pipeline(**arguments)` in full and records the value at the boundary at every step.
 
@@ -106,6 +109,7 @@ def record(
         arguments: of its call.
         boundary: where to read the value.
         on_step: called with the step's index when a step has ended.
+        samples: keep the samples too.
 
     Raises:
         CalibrationError: a value is NaN or infinite (the message names the step), or the call ran no sampling loop.
@@ -113,7 +117,7 @@ def record(
         UnsupportedPipelineError: the pipeline cannot be followed, or not at this boundary.
     """
     require_disabled(pipeline)
-    recording = Recording(on_step)
+    recording = Recording(on_step, samples=samples)
     with entered(pipeline, boundary, recording), quiet(pipeline):
         output = pipeline(**arguments)
     run = recording.run()
@@ -130,13 +134,13 @@ def record(
 class Recording:
     """Records the sampling loops of one call; keeps the longest."""
 
-    def __init__(self, on_step: Callable[[int], object] = lambda step: None) -> None:
-        self._on_step = on_step
+    def __init__(self, on_step: Callable[[int], object] = lambda step: None, *, samples: bool = False) -> None:
+        self._on_step, self._samples = on_step, samples
         self._recorders: list[Recorder] = []
 
     def begin(self, pipeline: Any, tell: Told) -> "Recorder":
         """A sampling loop begins."""
-        self._recorders = [*self._longest(), Recorder(self._on_step)]
+        self._recorders = [*self._longest(), Recorder(self._on_step, samples=self._samples)]
         return self._recorders[-1]
 
     def run(self) -> RecordedRun | None:
@@ -156,9 +160,9 @@ class Recording:
 class Recorder:
     """Records one loop: sends everything to host memory and looks at none of it, so that the loop waits for nothing."""
 
-    def __init__(self, on_step: Callable[[int], object] = lambda step: None) -> None:
+    def __init__(self, on_step: Callable[[int], object] = lambda step: None, *, samples: bool = False) -> None:
         self.run = RecordedRun()
-        self._on_step = on_step
+        self._on_step, self._samples = on_step, samples
         self._grid: tuple[Any, int] | None = None
         self._finite: list[tuple[int, torch.Tensor]] = []
         self._post = _Post()
@@ -187,6 +191,8 @@ class Recorder:
     def _stepped(self, step: int, given: torch.Tensor, before: torch.Tensor, after: torch.Tensor) -> None:
         self.run.received[step] = given.float().flatten()
         self.run.influence[step] = step_influence(given, before, after)
+        if self._samples:
+            self.run.samples[step + 1] = after.float().flatten()
 
     def restart(self) -> None:
         """Of no account: nothing is predicted."""

@@ -17,7 +17,7 @@ from dpcache.checks import number, whole
 
 EXPONENT = 2.6
 """Of the curve: how much denser its beginning is. With many key steps it is flatter, see `FIRST_GAP`."""
-FIRST_GAP = 0.15
+FIRST_GAP = 0.12
 """The least first gap that the curve may have, steps: with many key steps it would crowd far too many at the start."""
 TAIL = 3.6
 """The run ends TAIL / K key steps after the last one, if the curve went on. What comes last matters least: with few key
@@ -29,8 +29,8 @@ def smooth_key_steps(
 ) -> tuple[int, ...]:
     """Key steps t = T (m / (K - 1 + tail))^p for m = 0 .. K - 1, rounded, and moved on where two would be one.
 
-    Unless it is given, p is 2.6 or, where that is less, such that the first gap is 0.15 steps: 2.3 for 13 of 50 key
-    steps, 1.9 for 21; never less than 1, which spaces them evenly.
+    Unless it is given, p is 2.6 or, where that is less, such that the first gap is 0.12 steps: 2.4 for 13 of 50 key
+    steps, 2.0 for 21; never less than 1, which spaces them evenly.
 
     Args:
         num_key_steps: K, 1 to T.

@@ -139,10 +139,16 @@ def interpolation_matrix(knots: Array, points: Array) -> Array:
         inside = knots[0] <= point <= knots[-1]
         count = min(4 if inside else 2, len(knots))
         first = int(np.clip(np.searchsorted(knots, point) - count // 2, 0, len(knots) - count))
-        used = np.arange(first, first + count)
-        for knot in used:
-            others = knots[used[used != knot]]
-            row[knot] = np.prod((point - others) / (knots[knot] - others))
+        row[first : first + count] = lagrange(knots[first : first + count], [point])[0]
+    return matrix
+
+
+def lagrange(knots: Array, points: Sequence[float] | Array) -> Array:
+    """float64 [points, knots]: likewise, on the one polynomial through all of the knots, which differ."""
+    matrix = np.ones((len(points), len(knots)))
+    for place, knot in enumerate(knots):
+        others = np.delete(knots, place)
+        matrix[:, place] = ((np.asarray(points)[:, None] - others) / (knot - others)).prod(axis=1)
     return matrix
 
 

@@ -4,7 +4,7 @@ import hashlib
 import json
 import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, Self, get_args
@@ -177,6 +177,9 @@ class Schedule(HubFile, BaseModel):
     ) -> Self:
         """`Schedule.smooth` for a scheduler's own steps, which the schedule then knows.
 
+        `enable(pipe, num_key_steps=K)` follows the same and, where T / K is at most 4, corrects as well: it sees how
+        the scheduler moves the sample.
+
         Args:
             scheduler: a scheduler of diffusers on which `set_timesteps` has been called.
             num_key_steps: K.
@@ -259,6 +262,12 @@ class Schedule(HubFile, BaseModel):
         }
         kept["sigmas"] = self.sigmas and self.sigmas[start:]
         return late.model_copy(update=kept)
+
+    def model_copy(self, *, update: Mapping[str, Any] | None = None, deep: bool = False) -> Self:
+        """As pydantic's, but what was computed from the fields is computed anew."""
+        copied = super().model_copy(update=update, deep=deep)
+        copied.__dict__.pop("last_uses", None)
+        return copied
 
     @cached_property
     def last_uses(self) -> dict[int, int]:

@@ -15,6 +15,7 @@ import numpy.typing as npt
 
 from dpcache.checks import number, whole
 from dpcache.errors import DPCacheError, GridError
+from dpcache.plan.corrections import corrected_by_levels
 from dpcache.plan.curves import key_steps_for
 from dpcache.plan.grids import NoiseGrid
 from dpcache.plan.matching import part_by_levels, part_by_number
@@ -194,7 +195,7 @@ class Curves:
 
     model: ModelIdentity | None = None
     num_inference_steps: int | None = None
-    needs_levels = False
+    needs_levels = True
 
     def __init__(
         self, num_key_steps: int | None = None, speedup: float | None = None, boundary: Boundary = "output"
@@ -207,16 +208,30 @@ class Curves:
         self._num_key_steps = whole("num_key_steps", num_key_steps, 1) if num_key_steps is not None else None
         self._speedup = number("speedup", speedup, 1) if speedup is not None else None
         self.boundary: Boundary = boundary
-        self._known = _Remembered[int]()
+        self._known = _Remembered[tuple[str, int, tuple[float, ...]]]()
 
     def part(self, scheduler: Any, levels: Sequence[float] | None, size: int, start: int, tell: Tell) -> Schedule:
         """As `Plans.part`: over the steps that the loop takes, however many."""
-        return self._known.get(size - start, lambda: self.of(size - start))
+        steps = size - start
+        left = tuple(levels[start:]) if levels is not None else ()
+        return self._known.get((type(scheduler).__name__, steps, left), lambda: self.of(steps, scheduler, start))
 
-    def of(self, steps: int) -> Schedule:
-        """The schedule for a loop of so many steps."""
+    def of(self, steps: int, scheduler: Any = None, start: int = 0) -> Schedule:
+        """The schedule for a loop of so many steps; with corrections, if the scheduler says how it moves the sample.
+
+        Args:
+            steps: that the loop takes.
+            scheduler: steps it; None for a loop of one's own.
+            start: the step of its grid that the loop begins with.
+        """
         count = self._num_key_steps or key_steps_for(self._speedup or 1, steps)
-        return Schedule.smooth(min(count, steps), steps, boundary=self.boundary)
+        schedule = Schedule.smooth(min(count, steps), steps, boundary=self.boundary)
+        try:
+            grid = noise_grid(scheduler, start) if scheduler is not None else None
+        except GridError:  # it does not say
+            return schedule
+        fits = grid is not None and grid.num_steps == steps
+        return corrected_by_levels(schedule, grid) if grid is not None and fits else schedule
 
 
 class CalibratedPlans:

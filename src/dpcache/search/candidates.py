@@ -10,7 +10,7 @@ import numpy as np
 from dpcache.errors import CalibrationError, InfeasibleBudgetError
 from dpcache.measure.calibration import Calibration
 from dpcache.plan.builtin import builtins
-from dpcache.plan.corrections import corrected
+from dpcache.plan.corrections import by_gram, corrected
 from dpcache.plan.curves import EXPONENT, smooth_key_steps
 from dpcache.plan.grids import frame
 from dpcache.plan.predictors import Predictor, Taylor, Trend
@@ -47,12 +47,14 @@ class Way:
 TREND = Way("trend", Trend())
 TAYLOR = tuple(Way(f"Taylor of order {order}", Taylor(order)) for order in (0, 1, 2))
 CORRECTED = Way("Taylor of order 2, corrected", Taylor(2), corrects=True)
+TREND_CORRECTED = Way("trend, corrected", Trend(), corrects=True)
 WAYS = (
     TREND,
     *(Way(f"trend of rate {rate:g}", Trend(rate)) for rate in (0.5, 2.0)),
     *TAYLOR,
     CORRECTED,
-    *(Way(f"{way.name}, corrected", way.predictor, corrects=True) for way in (TREND, TAYLOR[1])),
+    TREND_CORRECTED,
+    Way("Taylor of order 1, corrected", Taylor(1), corrects=True),
 )
 """Those that need no fitting, the simplest first."""
 
@@ -125,9 +127,20 @@ class Candidates:
             self._made[keys.steps, way.name] = one
         return self._made[keys.steps, way.name]
 
+    def fitted(self, base: Candidate, schedule: Schedule) -> Candidate:
+        """The candidate that a base becomes by fitting its coefficients in runs (see `hops.fitted`)."""
+        way = Way(f"{base.way.name}, fitted in runs", base.way.predictor, base.way.corrects)
+        return self._different.setdefault(turns(schedule), Candidate(schedule, base.keys, way))
+
+    def correct(self, candidate: Candidate, schedule: Schedule) -> Schedule:
+        """A schedule with corrections, where the candidate has them."""
+        return self._corrected(schedule) if candidate.schedule.corrections else schedule
+
     def plain(self) -> list[Candidate]:
         """What one would do without trying anything, the simplest first."""
         ways = [(self._smooth(), TREND), *((self._even(), way) for way in TAYLOR)]
+        if self._frame is not None:
+            ways.append((self._smooth(), TREND_CORRECTED))
         found = [self.make(keys, way, is_plain=True) for keys, way in ways]
         if (plan := self._plan(Recipe())) is not None:
             way = Way(f"{plan.predictor} of order {plan.order}", Taylor(plan.order), bool(plan.corrections))
@@ -161,9 +174,12 @@ class Candidates:
         made = Schedule.from_key_steps(
             key_steps, self.num_steps, predictor=way.predictor, boundary=self._boundary, model=self._model
         ).model_copy(update={"sigmas": self._sigmas})
-        if not way.corrects or self._frame is None or self._calibration is None:
+        return self._corrected(made) if way.corrects else made
+
+    def _corrected(self, made: Schedule) -> Schedule:
+        if self._frame is None or self._calibration is None:
             return made
-        return corrected(made, self._calibration.gram.mean(axis=0), self._frame)
+        return corrected(made, self._frame, by_gram(self._calibration.gram.mean(axis=0), self._frame.moves))
 
     def _smooth(self) -> KeySteps:
         return KeySteps(smooth_key_steps(self.num_key_steps, self.num_steps), "the smooth curve")

@@ -4,10 +4,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from .candidates import TREND, Candidate, Candidates
+from dpcache.plan.schedule import Schedule
+
+from .candidates import CORRECTED, TREND, TREND_CORRECTED, Candidate, Candidates
 
 #: Of what is left when they begin, the shares that the rounds may spend.
-FIRST, SECOND, WAYS = 0.5, 0.3, 0.5
+FIRST, SECOND, WAYS, FITS = 0.4, 0.3, 0.35, 0.7
 #: In the first rounds so many inputs at most: what is gained by more is less than what more ways to predict gain.
 MOST_FIRST_INPUTS = 6
 #: Choices of key steps that are tried with every way to predict, at least.
@@ -27,6 +29,18 @@ class Trials(Protocol):
             number: of the input.
             beside: so many other runs, which share nothing, have to stay affordable.
         """
+
+    def fit(self, candidate: Candidate, beside: int = 0) -> Schedule | None:
+        """Its schedule with coefficients fitted in runs; None if the budget does not allow that, or nothing is seen.
+
+        Args:
+            candidate: what to start from.
+            beside: as in `run`.
+        """
+
+    @property
+    def runs_to_fit(self) -> int:
+        """How many runs that takes, which share nothing; 0 if nothing can be fitted."""
 
     def affordable(self, beside: int = 0, *, shared: bool = True) -> float:
         """How many runs the budget still allows beside so many others: runs that share as those so far, or nothing."""
@@ -72,7 +86,25 @@ class Contest:
         made = dict.fromkeys(self._candidates.make(keys, way) for keys in sets for way in ways)
         fresh = [one for one in made if one not in self.tried]
         self._run(fresh[: self._within(WAYS, more)], more)
+        self._fit(more)
         return self._final()
+
+    def _fit(self, inputs: int) -> None:
+        """Has the best choices of key steps fitted, each from several ways to predict; the best one's first."""
+        each = self._trials.runs_to_fit + inputs
+        number = int(FITS * self._trials.affordable(self._missing, shared=False) / each) if each > inputs else 0
+        ranked = self._ranked([one for one in self.tried if len(one.errors) >= inputs])
+        best = {one.keys: one for one in reversed(ranked)}  # of its key steps the best
+        bases: dict[Candidate, None] = {}
+        for keys in dict.fromkeys(one.keys for one in ranked):
+            ways = (TREND_CORRECTED, TREND, CORRECTED)
+            usual = [self._candidates.make(keys, way) for way in ways if way in self._candidates.ways()]
+            bases |= dict.fromkeys([best[keys], *usual])
+        made = []
+        for base in list(bases)[:number]:
+            if (schedule := self._trials.fit(base, self._missing + inputs)) is not None:
+                made.append(self._candidates.fitted(base, schedule))
+        self._run([one for one in dict.fromkeys(made) if one not in self.tried], inputs)
 
     def _final(self) -> Candidate:
         """The best of the plain ways and the best others, on all inputs if the budget allows that."""

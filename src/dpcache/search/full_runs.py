@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from dpcache.errors import CalibrationError
 from dpcache.measure.calibration import Calibration
@@ -71,6 +72,8 @@ class FullRun:
         num_steps: T, the steps that it took; 0 where nobody looked.
         sigmas: its noise levels; None where not known.
         spans: as in `sharing.known_until`.
+        samples: as in `RecordedRun`; none where they could not all be seen, None where they were not kept, as in a
+            journal.
     """
 
     output: Output
@@ -78,6 +81,7 @@ class FullRun:
     num_steps: int = 0
     sigmas: tuple[float, ...] | None = None
     spans: Spans = ()
+    samples: Mapping[int, torch.Tensor] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for a journal."""
@@ -111,19 +115,20 @@ class FullRun:
         )
 
 
-def recorded(pipeline: Any, draw: Draw, boundary: Boundary, objective: Objective) -> FullRun:
-    """A full run that plans can be made from.
+def recorded(pipeline: Any, draw: Draw, boundary: Boundary, objective: Objective, *, samples: bool = False) -> FullRun:
+    """A full run that plans can be made from; with its samples, if they are asked for.
 
     Raises:
         CalibrationError: as `recording.record`.
     """
-    run = record(pipeline, seeded(pipeline, draw.call, draw.seed), boundary=boundary)
+    run = record(pipeline, seeded(pipeline, draw.call, draw.seed), boundary=boundary, samples=samples)
     try:
         calibration = _measured(pipeline, run, boundary)
     except CalibrationError:  # no branch is called at every step: what needs no plan is tried all the same
         calibration = None
     spans = tuple(sorted({(min(steps), max(steps)) for steps in run.values.values()}))
-    return FullRun(objective.output(run.output), calibration, run.num_steps, run.sigmas, spans)
+    kept = (run.samples if len(run.samples) == run.num_steps else {}) if samples else None
+    return FullRun(objective.output(run.output), calibration, run.num_steps, run.sigmas, spans, kept)
 
 
 def plain(pipeline: Any, draw: Draw, objective: Objective, **other: Any) -> FullRun:

@@ -4,12 +4,13 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, get_args, overload
 
+import torch
 from tqdm.auto import tqdm
 
 from dpcache.checks import one_of, whole
@@ -30,8 +31,9 @@ from .budget import Budget, duration, parsed
 from .candidates import Candidate, Candidates
 from .contest import Contest
 from .full_runs import Draw, FullRun, dealt, plain, recorded
+from .hops import fitted, steps_to_fit
 from .objectives import Metric, Objective, ObjectiveName
-from .sharing import Sharing, Spans, begins_late, steps_to_compute, turns
+from .sharing import SharedRuns, Sharing, Spans, begins_late, steps_to_compute, turns
 
 #: Of the budget, the share that goes to full runs; and how many they are.
 FULL_SHARE = 0.25
@@ -40,6 +42,8 @@ FEWEST_FULL, MOST_FULL = 4, 32
 MOST_FULL_SHARE = 0.5
 #: On so many inputs the sampler's own K steps are measured, at most.
 FEWER_STEPS_INPUTS = 4
+#: Coefficients are fitted on so many inputs, at most.
+MOST_FITTED = 6
 _GONE = ("num_trials", "tune", "polish")
 
 
@@ -246,11 +250,21 @@ class _Search:
 
     def _record(self, draw: Draw) -> None:
         if draw.name not in self.full:
-            self._run_in_full(draw, partial(recorded, self.pipeline, draw, self.boundary, self.objective))
+            samples = len(self.full) < MOST_FITTED
+            run = partial(recorded, self.pipeline, draw, self.boundary, self.objective, samples=samples)
+            self._run_in_full(draw, run)
 
     def _run_in_full(self, draw: Draw, run: Callable[[], FullRun]) -> None:
-        found = self.counted(f"full run, {draw.name}", self.budget.num_steps, lambda: run().to_json())
-        self.full[draw.name] = FullRun.from_json(found)
+        samples = None
+
+        def measure() -> dict[str, Any]:
+            nonlocal samples
+            found = run()
+            samples = found.samples
+            return found.to_json()
+
+        found = self.counted(f"full run, {draw.name}", self.budget.num_steps, measure)
+        self.full[draw.name] = replace(FullRun.from_json(found), samples=samples)
 
     def counted(self, name: str, steps: int, measure: Callable[[], Any]) -> Any:
         """The result of this name, which computes so many steps; what a checkpoint knows is counted all the same."""
@@ -280,7 +294,7 @@ class _Search:
         fewer = self._fewer_steps(k, judging, first.num_steps)
         sharing = Sharing()
         with entered(self.pipeline, self.boundary, sharing):
-            trials = _Trials(self, sharing, judging, k, reserve, first.spans)
+            trials = _Trials(self, sharing, planning[:MOST_FITTED], judging, candidates, reserve, first.spans)
             contest = Contest(candidates, len(judging), trials, self.objective.average)
             best = contest.best()
         errors = list(best.errors.values())
@@ -338,8 +352,9 @@ class _Trials:
     Args:
         search: the search.
         sharing: watches its pipeline.
+        fitting: the inputs that coefficients are fitted on.
         judging: the inputs.
-        num_key_steps: K.
+        candidates: what is run.
         reserve: what other numbers of key steps need of the budget.
         spans: as in `sharing.known_until`.
     """
@@ -348,13 +363,15 @@ class _Trials:
         self,
         search: _Search,
         sharing: Sharing,
+        fitting: Sequence[Draw],
         judging: Sequence[Draw],
-        num_key_steps: int,
+        candidates: Candidates,
         reserve: float,
         spans: Spans,
     ) -> None:
-        self._search, self._sharing, self._judging = search, sharing, judging
-        self._num_key_steps, self._reserve, self._spans = num_key_steps, reserve, spans
+        self._search, self._sharing = search, sharing
+        self._fitting, self._judging, self._candidates = fitting, judging, candidates
+        self._num_key_steps, self._reserve, self._spans = candidates.num_key_steps, reserve, spans
         self._runs = self._steps = 0
 
     def run(self, candidates: Sequence[Candidate], number: int, beside: int = 0) -> bool:
@@ -378,6 +395,44 @@ class _Trials:
             self._runs, self._steps = self._runs + 1, self._steps + steps
             before = one.schedule
         return True
+
+    def fit(self, candidate: Candidate, beside: int = 0) -> Schedule | None:
+        """As `contest.Trials`: the runs of all inputs go along together, hop by hop, so each computes a step once."""
+        search, steps = self._search, self.runs_to_fit * steps_to_fit(candidate.schedule)
+        if not steps or not search.budget.affords(
+            steps, self._reserve + beside * search.budget.cost(self._num_key_steps)
+        ):
+            return None
+        name = f"fitted, {_name(candidate.schedule)}, on {', '.join(draw.name for draw in self._fitting)}"
+        found = search.counted(name, steps, lambda: self._fit(candidate))
+        return None if found is None else Schedule.model_validate(found)
+
+    def _fit(self, candidate: Candidate) -> dict[str, Any] | None:
+        search = self._search
+        calls = [seeded(search.pipeline, draw.call, draw.seed) for draw in self._fitting]
+        runs = [self._sharing.runs(search.pipeline, call, self._spans) for call in calls]
+        full = [self._samples(draw, run) for draw, run in zip(self._fitting, runs, strict=True)]
+        if not all(full):
+            return None
+        try:
+            made = fitted(candidate.schedule, runs, full, partial(self._candidates.correct, candidate))
+        except CalibrationError:  # samples of a kind that is not seen
+            return None
+        return made.model_dump(mode="json")
+
+    def _samples(self, draw: Draw, run: SharedRuns) -> Mapping[int, torch.Tensor]:
+        """Those of a full run, all or none; what a checkpoint knows is run again for them, once."""
+        known = self._search.full[draw.name]
+        if known.samples is None:
+            found = run.samples(Schedule.uniform(known.num_steps, known.num_steps, boundary=self._search.boundary))
+            known = replace(known, samples=found if len(found) == known.num_steps else {})
+            self._search.full[draw.name] = known
+        return known.samples or {}
+
+    @property
+    def runs_to_fit(self) -> int:
+        """As `contest.Trials`."""
+        return 0 if begins_late(self._spans) else len(self._fitting)
 
     def affordable(self, beside: int = 0, *, shared: bool = True) -> float:
         """As `contest.Trials`."""

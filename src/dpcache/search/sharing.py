@@ -5,11 +5,12 @@ denoiser calls before it, and the call at it, are answered from memory. Run in t
 most, and the memory holds no more than the calls of one run.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
+from dpcache.errors import CalibrationError
 from dpcache.plan.schedule import Schedule, Term
 from dpcache.run.boundary import Forms
 from dpcache.run.follower import Follower, Following
@@ -79,27 +80,27 @@ def begins_late(spans: Spans) -> bool:
 
 
 class Sharing:
-    """Watches a pipeline (see `entry.entered`) for one set of shared runs after another."""
+    """Watches a pipeline (see `entry.entered`) for one set of shared runs, or several in turn."""
 
     def __init__(self) -> None:
-        self._runs: SharedRuns | None = None
+        self.current: SharedRuns | None = None
 
     def runs(self, pipeline: Any, arguments: dict[str, Any], spans: Spans = ()) -> "SharedRuns":
-        """Those of one call, until others are asked for. Arguments as `SharedRuns`."""
-        self._runs = SharedRuns(pipeline, arguments, spans)
-        return self._runs
+        """Those of one call. Arguments as `SharedRuns`."""
+        return SharedRuns(self, pipeline, arguments, spans)
 
     def begin(self, pipeline: Any, tell: Told) -> "_Observer":
         """A sampling loop begins."""
-        assert self._runs is not None
-        return self._runs.begin(pipeline, tell)
+        assert self.current is not None
+        return self.current.begin(pipeline, tell)
 
 
 class SharedRuns:
     """Runs of one call of a pipeline that share what they have in common.
 
     Args:
-        pipeline: a diffusers pipeline, watched.
+        sharing: watches the pipeline.
+        pipeline: a diffusers pipeline.
         arguments: of its call, the generator included.
         spans: as in `known_until`.
 
@@ -107,13 +108,16 @@ class SharedRuns:
         computed: steps of the latest run that were computed, not remembered.
     """
 
-    def __init__(self, pipeline: Any, arguments: dict[str, Any], spans: Spans = ()) -> None:
+    def __init__(self, sharing: Sharing, pipeline: Any, arguments: dict[str, Any], spans: Spans = ()) -> None:
+        self._sharing = sharing
         self._pipeline, self._arguments, self._spans = pipeline, arguments, spans
         self._before: Schedule | None = None
         self._known: _Known = {}
         self._forms: Forms | None = None
         self._steps: set[int] = set()
         self._loops = 0
+        self._wanted: int | None = None
+        self._found: dict[int, torch.Tensor] | None = None
 
     def run(self, schedule: Schedule) -> Any:
         """What the pipeline returns when it follows the schedule."""
@@ -122,10 +126,47 @@ class SharedRuns:
         self._before = None  # in case the run fails
         self._following = Following(OneSchedule(schedule))
         self._steps, self._loops = set(), 0
+        self._sharing.current = self
         with quiet(self._pipeline):
             returned = self._pipeline(**seeded(self._pipeline, self._arguments, 0))
         self._before = schedule
         return returned
+
+    def sample_at(self, step: int, schedule: Schedule) -> torch.Tensor:
+        """The sample that a step starts from (T: the final one), float32 [D] in host memory; nothing is run beyond.
+
+        Raises:
+            CalibrationError: the scheduler's samples could not be seen.
+        """
+        found: dict[int, torch.Tensor] = {}
+        self._wanted, self._found = step, found
+        try:
+            self.run(schedule)
+        except _FarEnough:
+            self._before = schedule
+        finally:
+            self._wanted, self._found = None, None
+        if step not in found:
+            raise CalibrationError(f"the sample at step {step} could not be seen.")
+        return found[step]
+
+    def samples(self, schedule: Schedule) -> dict[int, torch.Tensor]:
+        """Likewise at every step, 1 to T, as far as they can be seen."""
+        found: dict[int, torch.Tensor] = {}
+        self._found = found
+        try:
+            self.run(schedule)
+        finally:
+            self._found = None
+        return found
+
+    def reached(self, step: int, moved: Moved) -> None:
+        """A step of the loop has ended."""
+        is_far_enough = self._wanted == step + 1
+        if self._found is not None and moved.tensors is not None and (is_far_enough or self._wanted is None):
+            self._found[step + 1] = moved.tensors[2].detach().float().flatten().to("cpu", copy=True)
+        if is_far_enough:
+            raise _FarEnough
 
     @property
     def computed(self) -> int:
@@ -134,7 +175,7 @@ class SharedRuns:
     def begin(self, pipeline: Any, tell: Told) -> "_Observer":
         """A sampling loop begins. Of several in one call the first alone is remembered."""
         self._loops += 1
-        return _Observer(self._following.begin(pipeline, tell), self.remembering if self._loops == 1 else None)
+        return _Observer(self._following.begin(pipeline, tell), self if self._loops == 1 else None)
 
     def remembering(self, call: Call) -> Call:
         """The call, answered from memory if it was made before; else remembered."""
@@ -147,17 +188,19 @@ class SharedRuns:
 class _Observer:
     """Has a loop follow the schedule of the moment, with calls that are remembered."""
 
-    def __init__(self, follower: Follower, remembering: Callable[[Call], Call] | None) -> None:
-        self._follower, self._remembering = follower, remembering
+    def __init__(self, follower: Follower, runs: SharedRuns | None) -> None:
+        self._follower, self._runs = follower, runs
 
     def call(self, call: Call) -> Any:
-        return self._follower.call(self._remembering(call) if self._remembering else call)
+        return self._follower.call(self._runs.remembering(call) if self._runs else call)
 
     def located(self, scheduler: Any, size: int, start: int) -> None:
         self._follower.located(scheduler, size, start)
 
     def end_step(self, step: int, moved: Moved) -> None:
         self._follower.end_step(step, moved)
+        if self._runs:
+            self._runs.reached(step, moved)
 
     def restart(self) -> None:
         self._follower.restart()
@@ -167,6 +210,10 @@ class _Observer:
 
     def end(self) -> None:
         self._follower.end()
+
+
+class _FarEnough(BaseException):
+    """Ends a run whose rest does not matter: no error, so that nobody takes it for one."""
 
 
 class _Kept:
