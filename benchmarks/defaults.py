@@ -44,7 +44,6 @@ class Measured:
         self.full, _ = self.subject.draw(steps=steps)
         self.rows: list[Row] = []
         self._calibration: dpcache.Calibration | None = None
-        self._optimized: dict[int, dpcache.Schedule] = {}
 
     def run(self, ways: Sequence[str], *, resume: bool) -> None:
         """The ways at every K, written to the file after each row."""
@@ -77,7 +76,7 @@ class Measured:
         if way == "no calibration":
             return self.subject.uncalibrated(k, self.steps)
         if way == "optimize":
-            return self._optimize()[k]
+            return self._optimize(k)
         recipe = dpcache.Recipe(method="paper") if way == PAPER else dpcache.Recipe()
         return self._calibrate().plan(k, recipe=recipe)
 
@@ -90,19 +89,17 @@ class Measured:
             )
         return self._calibration
 
-    def _optimize(self) -> dict[int, dpcache.Schedule]:
-        """One search a K, each with its own budget, so that a K says what `optimize` reaches for it."""
-        for k in self.key_steps if not self._optimized else ():
-            self._optimized[k] = dpcache.optimize(
-                self.subject.pipe,
-                self.subject.model.calibration_inputs(2 * CALIBRATED),
-                num_key_steps=k,
-                budget=self.budget,
-                num_inference_steps=self.steps,
-                progress=False,
-                **self.subject.model.call_defaults,
-            )
-        return self._optimized
+    def _optimize(self, k: int) -> dpcache.Schedule:
+        """A search for this K alone, with a budget of its own."""
+        return dpcache.optimize(
+            self.subject.pipe,
+            self.subject.model.calibration_inputs(2 * CALIBRATED),
+            num_key_steps=k,
+            budget=self.budget,
+            num_inference_steps=self.steps,
+            progress=False,
+            **self.subject.model.call_defaults,
+        )
 
 
 ABOUT = """# Every default at every K

@@ -31,7 +31,7 @@ from .interpolation import asked_grid, interpolated, on_grid
 Array = npt.NDArray[np.float64]
 #: Share of the measured sensitivity in the weights where it was measured and nothing else is asked for.
 MEASURED = 0.5
-EASY = 0.01
+EASY = 0.007
 """Error of predictions, as a share of how far the run moves the sample. Where it is less, Taylor serves best whatever
 the costs say; where it is more, what predicts is chosen by its cost."""
 SAFE_TO_CORRECT = 0.1
