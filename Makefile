@@ -5,7 +5,7 @@ BIN := .venv/bin
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check docs bench bench-speed clean
+.PHONY: demo test check docs engines bench bench-speed clean
 
 demo: .venv/installed  ## calibrate tiny-flux, plan, generate in full and cached, write report.html
 	$(BIN)/dpcache demo
@@ -28,6 +28,13 @@ docs: .venv/installed  ## the documentation as a site: site/index.html
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+engines: .venv/installed  ## the plug-in for serving engines, in the oldest cache-dit it is for and in the newest
+	for version in 1.5.0 1.5.3; do \
+	  test -d .engines/$$version || $(BIN)/python -m pip install --quiet --no-deps --target .engines/$$version cache-dit==$$version; \
+	  PYTHONPATH=.engines/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_engines_plugin.py tests/test_export.py || exit 1; \
+	done
+	$(BIN)/python integrations/engines/check.py --versions 1.5.0 1.5.3
+
 bench: .venv/installed  ## every default at every K, and peers beside them: docs/defaults.md, benchmarks/results/peers.md; hours
 	$(BIN)/python -m benchmarks.defaults
 	$(BIN)/python -m benchmarks.peers
@@ -36,4 +43,4 @@ bench-speed: .venv/installed  ## how fast: docs/performance.md; about 15 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed
 
 clean:
-	rm -rf .venv site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .engines site .mypy_cache .ruff_cache .pytest_cache

@@ -14,8 +14,9 @@ from dpcache.apps import cli
 from dpcache.errors import ExportError
 from dpcache.integrations import cache_dit as exports
 from dpcache.judge.metrics import psnr
-from dpcache.plan.schedule import Term
-from dpcache.run.denoisers import find_blocks
+from dpcache.plan.schedule import ModelIdentity, Term
+from dpcache.run.denoisers import find_blocks, find_denoisers, identify
+from tests.pipelines.every import SMALL
 
 from .conftest import draw
 
@@ -82,6 +83,44 @@ def test_arguments_settings_and_bins_say_the_same(tmp_path: Path) -> None:
         for kind in ("COMPUTE", "CACHE")
     ]
     assert cache_dit.steps_mask(*bins, total_steps=STEPS) == list(exported.mask)
+    # SGLang has cache-dit cut the mask to a request's length, and fails where it is too short.
+    assert cache_dit.steps_mask(*bins, total_steps=STEPS + 9) == [*exported.mask, *[1] * 9]
+    assert cache_dit.steps_mask(*bins, total_steps=4) == [1, 1, 1, 0]
+    request = exports.as_json(schedule(), "sglang")["cache_dit_params"]
+    assert [request["scm_compute_bins"], request["scm_cache_bins"]] == bins
+    assert json.dumps(request) in exports.text(schedule(), "sglang")
+    xdit = exports.as_json(schedule(), "xdit")["cache_config"]
+    assert cache_dit.DBCacheConfig(num_inference_steps=STEPS, **xdit) == exported.arguments()["cache_config"]
+    assert json.dumps(xdit) in exports.text(schedule(), "xdit")
+
+
+def test_a_mask_that_ends_with_skipped_steps_goes_on_with_computed_ones() -> None:
+    environment = exports.sglang(schedule((0, 1, 5)))
+    assert environment["SGLANG_CACHE_DIT_SCM_COMPUTE_BINS"] == "2,1,1000"
+    assert environment["SGLANG_CACHE_DIT_SCM_CACHE_BINS"] == "3,14"
+
+
+def test_of_a_model_with_two_calls_a_step_one_is_told_apart() -> None:
+    """Without guidance cache-dit takes every second step for a call of the other kind, unless it is told."""
+    qwen, call = SMALL["QwenImagePipeline"].build()
+    alone = {**call, "true_cfg_scale": 1.0, "num_inference_steps": STEPS, "output_type": "latent"}
+    model = identify(find_denoisers(qwen))
+    exported = exports.export(schedule(model=model))
+    assert any("say enable_separate_cfg=False in DBCacheConfig" in note for note in exported.notes)
+    assert "without this cache" in exports.text(schedule(model=model), "sglang")
+    found = []
+    for told in ({}, {"enable_separate_cfg": False}):
+        cache_dit.enable_cache(qwen, cache_config=cache_dit.DBCacheConfig(**exported.cache_config, **told))
+        try:
+            with computed_steps(qwen) as steps:
+                qwen(**alone)
+        finally:
+            cache_dit.disable_cache(qwen)
+        found.append(tuple(steps))
+    assert found[0] != KEYS and found[1] == KEYS
+    wan = schedule(model=ModelIdentity(denoiser="WanTransformer3DModel"))
+    assert all("two experts" in exports.text(wan, target) for target in ("cache-dit", "sglang", "vllm-omni", "xdit"))
+    assert not exports.export(schedule(model=ModelIdentity(denoiser="FluxTransformer2DModel"))).notes[1:]
 
 
 def test_what_vllm_omni_can_be_told_computes_the_steps_that_its_note_names(pipe: Any) -> None:
@@ -103,7 +142,7 @@ def test_notes_tell_what_stays_behind() -> None:
     taylor = schedule()
     predictions = {**taylor.predictions, 3: (Term(key_step=2, coefficient=0.9),)}
     tuned = taylor.model_copy(update={"predictions": predictions, "predictor": "tuned"})
-    for target in ("cache-dit", "sglang", "vllm-omni"):
+    for target in ("cache-dit", "sglang", "vllm-omni", "xdit"):
         assert "stay behind" not in exports.text(taylor, target)
         assert "coefficients of this schedule (tuned)" in exports.text(tuned, target)
         assert "denoiser's output" in exports.text(schedule(boundary="output"), target)
@@ -112,9 +151,10 @@ def test_notes_tell_what_stays_behind() -> None:
     assert exports.export(repeated).arguments()["calibrator_config"] is None
     assert exports.sglang(repeated)["SGLANG_CACHE_DIT_TAYLORSEER"] == "false"
     assert exports.vllm_omni(repeated)["enable_taylorseer"] is False
-    assert exports.sglang(schedule(order=3))["SGLANG_CACHE_DIT_TS_ORDER"] == "2"
-    assert "lowered to 2" in exports.text(schedule(order=3), "sglang")
-    assert "decides by itself" in exports.text(dpcache.Schedule.from_key_steps((0, 3), 6), "sglang")
+    assert exports.sglang(schedule(order=3))["SGLANG_CACHE_DIT_TS_ORDER"] == "3"
+    assert "order 1, whatever" in exports.text(taylor, "xdit")
+    twos = dpcache.Schedule.from_key_steps(range(0, STEPS, 2), STEPS)
+    assert "before 1.5.3" in exports.text(twos, "vllm-omni") and "before 1.5.3" not in exports.text(taylor, "vllm-omni")
 
 
 def test_nothing_to_skip_is_refused() -> None:
@@ -135,7 +175,7 @@ def test_command(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
 
     code, out, _ = type_in("s.json", "--to", "sglang")
     assert code == 0
-    assert "export SGLANG_CACHE_DIT_SCM_COMPUTE_BINS=3,1,1,1,1\n" in out
+    assert "export SGLANG_CACHE_DIT_SCM_COMPUTE_BINS=3,1,1,1,1001\n" in out
     code, out, _ = type_in("s.json", "--to", "cache-dit", "-o", "cache.json")
     assert (code, out) == (0, "wrote cache.json\n")
     written = json.loads(Path("cache.json").read_text())

@@ -7,6 +7,7 @@ program takes is documented at
   `TaylorSeerCalibratorConfig`, `load_configs`)
 - SGLang Diffusion: https://docs.sglang.io/docs/sglang-diffusion/cache_dit and
   https://docs.sglang.io/docs/sglang-diffusion/environment_variables
+- xDiT: `--cache_method dbcache --cache_config`, https://github.com/xdit-project/xDiT
 - vLLM-Omni: https://docs.vllm.ai/projects/vllm-omni/en/stable/user_guide/diffusion/cache_acceleration/cache_dit/
 """
 
@@ -21,14 +22,17 @@ import numpy as np
 from dpcache.errors import ExportError, missing_extra
 from dpcache.plan.schedule import Schedule
 
-Target = Literal["cache-dit", "sglang", "vllm-omni"]
+Target = Literal["cache-dit", "sglang", "vllm-omni", "xdit"]
 
 #: Blocks that cache-dit computes at every step, before it decides: the fewest it works with.
 _FIRST_BLOCKS = 1
-#: The highest order that SGLang documents for its TaylorSeer.
-_SGLANG_ORDER = 2
-#: With fewer steps SGLang uses no mask.
-_SGLANG_STEPS = 8
+#: Computed steps that SGLang's mask goes on with: it fails for requests longer than the mask.
+_LONGER = 1000
+#: Denoisers, by the beginning of their names, of which cache-dit expects two calls a step, for guidance.
+_TWO_CALLS = (
+    "Wan", "HunyuanVideo", "QwenImage", "CogView4", "Cosmos", "SkyReelsV2", "Chroma", "Kandinsky5", "HunyuanImage",
+    "ChronoEdit", "OvisImage", "LongCatImage", "GlmImage", "Helios",
+)  # fmt: skip
 #: So large that no difference between steps reaches it.
 _NO_THRESHOLD = 1e6
 
@@ -100,7 +104,7 @@ def export(schedule: Schedule) -> Export:
         raise ExportError("the schedule computes every step, so there is nothing to export: run without a cache.")
     keys = set(schedule.key_steps)
     mask = tuple(int(step in keys) for step in range(schedule.num_inference_steps))
-    return Export(mask, schedule.order, tuple(_left_behind(schedule)))
+    return Export(mask, schedule.order, (*_left_behind(schedule), *_of_the_model(schedule, "cache-dit")))
 
 
 def sglang(schedule: Schedule) -> dict[str, str]:
@@ -113,8 +117,7 @@ def sglang(schedule: Schedule) -> dict[str, str]:
         ExportError: as `export`.
     """
     exported = export(schedule)
-    runs = _runs(exported.mask)
-    order = min(exported.order, _SGLANG_ORDER)
+    runs, order = _longer_runs(exported.mask), exported.order
     found = {
         "SGLANG_CACHE_DIT_ENABLED": "true",
         "SGLANG_CACHE_DIT_FN": str(_FIRST_BLOCKS),
@@ -126,6 +129,35 @@ def sglang(schedule: Schedule) -> dict[str, str]:
         "SGLANG_CACHE_DIT_TAYLORSEER": "true" if order else "false",
     }
     return found | ({"SGLANG_CACHE_DIT_TS_ORDER": str(order)} if order else {})
+
+
+def sglang_request(schedule: Schedule) -> dict[str, Any]:
+    """`cache_dit_params` of one request to SGLang Diffusion, which then goes before the environment.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    exported = export(schedule)
+    runs, order = _longer_runs(exported.mask), exported.order
+    return {
+        "Fn_compute_blocks": _FIRST_BLOCKS,
+        "Bn_compute_blocks": 0,
+        "max_warmup_steps": runs[0],
+        "scm_compute_bins": runs[0::2],
+        "scm_cache_bins": runs[1::2],
+        "scm_policy": "static",
+        "enable_taylorseer": bool(order),
+    } | ({"taylorseer_order": order} if order else {})
+
+
+def xdit(schedule: Schedule) -> dict[str, Any]:
+    """`--cache_config` of xDiT, with `--cache_method dbcache`; it says the number of steps itself.
+
+    Raises:
+        ExportError: as `export`.
+    """
+    config = export(schedule).cache_config
+    return {name: value for name, value in config.items() if name != "num_inference_steps"}
 
 
 def vllm_omni(schedule: Schedule) -> dict[str, Any]:
@@ -156,7 +188,7 @@ def vllm_omni_steps(schedule: Schedule) -> list[int]:
 
 
 def text(schedule: Schedule, target: Target) -> str:
-    """What to paste: Python for cache-dit, a shell script for SGLang, a command line for vLLM-Omni.
+    """What to paste: Python for cache-dit, a shell script for SGLang, a command line for vLLM-Omni and xDiT.
 
     Raises:
         ExportError: as `export`.
@@ -166,7 +198,12 @@ def text(schedule: Schedule, target: Target) -> str:
         return exported.snippet()
     about = _comments(_heading(exported.mask), *_notes(schedule, target))
     if target == "sglang":
-        return about + "".join(f"export {name}={value}\n" for name, value in sglang(schedule).items())
+        request = _comments(f"For one request instead: cache_dit_params={json.dumps(sglang_request(schedule))}")
+        return about + request + "".join(f"export {name}={value}\n" for name, value in sglang(schedule).items())
+    if target == "xdit":
+        steps = schedule.num_inference_steps
+        told = f"--num_inference_steps {steps} --cache_method dbcache --cache_config '{json.dumps(xdit(schedule))}'"
+        return f"{about}xdit --model MODEL {told}\n"
     config = json.dumps(vllm_omni(schedule))
     return f"{about}vllm serve MODEL --omni --cache-backend cache_dit --cache-config '{config}'\n"
 
@@ -184,7 +221,10 @@ def as_json(schedule: Schedule, target: Target) -> dict[str, Any]:
     if target == "cache-dit":
         settings = exported.settings
     elif target == "sglang":
-        settings = {"environment": sglang(schedule), **exported.settings}
+        request = {"cache_dit_params": sglang_request(schedule)}
+        settings = {"environment": sglang(schedule), **request, **exported.settings}
+    elif target == "xdit":
+        settings = {"cache_method": "dbcache", "cache_config": xdit(schedule)}
     else:
         settings = {"cache_backend": "cache_dit", "cache_config": vllm_omni(schedule)}
     return {**settings, "notes": list(_notes(schedule, target))}
@@ -194,20 +234,40 @@ def _notes(schedule: Schedule, target: Target) -> list[str]:
     notes = _left_behind(schedule)
     steps = schedule.num_inference_steps
     if target == "sglang":
-        notes.append(f"The mask is for requests of {steps} steps: SGLang cuts it off for shorter ones.")
-        if steps < _SGLANG_STEPS:
-            notes.append(f"SGLang uses masks from {_SGLANG_STEPS} steps on: with {steps} it decides by itself.")
-        if schedule.order > _SGLANG_ORDER:
-            notes.append(
-                f"The order {schedule.order} of the schedule is lowered to {_SGLANG_ORDER}, the highest that SGLang "
-                "documents, in the environment variables."
-            )
+        notes.append(
+            f"The mask is for requests of {steps} steps: SGLang cuts it off for shorter ones, and computes what is "
+            "beyond it in longer ones."
+        )
+    if target == "xdit" and schedule.order != 1:
+        notes.append("xDiT forecasts by a Taylor series of order 1, whatever the schedule says.")
     if target == "vllm-omni":
         computed = vllm_omni_steps(schedule)
         notes.append(
             "vLLM-Omni takes no mask of one's own, so the key steps of the schedule cannot be carried over. For "
             f"requests of {steps} steps these settings compute {len(computed)} at even distances instead: "
             f"{', '.join(map(str, computed))}."
+        )
+        if vllm_omni(schedule)["max_continuous_cached_steps"] == 1:
+            notes.append("cache-dit before 1.5.3 counts single skipped steps otherwise, and computes more steps.")
+    return notes + _of_the_model(schedule, target)
+
+
+def _of_the_model(schedule: Schedule, target: Target) -> list[str]:
+    """What holds for some models."""
+    denoiser = schedule.model.denoiser if schedule.model is not None else ""
+    notes = []
+    if denoiser.startswith(_TWO_CALLS):
+        remedy = {
+            "cache-dit": "say enable_separate_cfg=False in DBCacheConfig then",
+            "xdit": 'add "enable_separate_cfg": false to the configuration then',
+        }.get(target, "serve it with guidance in one process, or without this cache")
+        notes.append(
+            "cache-dit expects two calls of this model a step, with and without the prompt. Where guidance is off, or "
+            f"split between processes, there is one, and other steps are computed: {remedy}."
+        )
+    if denoiser.startswith("Wan"):
+        notes.append(
+            "Wan 2.2 with two experts cannot be told: the second one starts the mask over. Use dpcache.enable there."
         )
     return notes
 
@@ -246,6 +306,11 @@ def _is_taylor(schedule: Schedule) -> bool:
 def _runs(mask: Sequence[int]) -> list[int]:
     """Lengths of the runs of equal entries; the first is of ones."""
     return [len(list(run)) for _, run in groupby(mask)]
+
+
+def _longer_runs(mask: Sequence[int]) -> list[int]:
+    """Likewise, and after the last step so many computed ones that no request is longer."""
+    return _runs([*mask, *[1] * _LONGER])
 
 
 def _even(schedule: Schedule) -> tuple[int, int]:

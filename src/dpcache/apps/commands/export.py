@@ -12,12 +12,12 @@ from .options import SCHEDULE_HELP
 from .outputs import check_file
 
 #: What a file of text to paste is called, by program.
-_SUFFIX = {"cache-dit": ".py", "sglang": ".sh", "vllm-omni": ".sh"}
+_SUFFIX = {"cache-dit": ".py", "sglang": ".sh", "vllm-omni": ".sh", "xdit": ".sh"}
 
 
 def export(
     schedule: Annotated[str, typer.Argument(help=f"{SCHEDULE_HELP}.")],
-    to: Annotated[Literal["cache-dit", "sglang", "vllm-omni"], typer.Option("--to", help="For which program.")],
+    to: Annotated[Literal["cache-dit", "sglang", "vllm-omni", "xdit"], typer.Option("--to", help="For which program.")],
     output: Annotated[
         Path | None, typer.Option("--output", "-o", help="What to write, .json for settings; printed if not given.")
     ] = None,

@@ -1,0 +1,78 @@
+"""Schedule files of dpcache, read without dpcache."""
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+FORMAT, VERSION = "dpcache.schedule", 4
+
+Terms = tuple[tuple[int, float], ...]
+
+
+class EngineError(RuntimeError):
+    """What cannot be done here, and what to do instead."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """What an engine needs of a schedule.
+
+    Attributes:
+        name: of its file, for people.
+        num_steps: T.
+        key_steps: the steps to compute.
+        predictions: skipped step -> multiples of the values at key steps.
+        corrections: key step -> multiples of values that are added to what it hands on.
+    """
+
+    name: str
+    num_steps: int
+    key_steps: tuple[int, ...]
+    predictions: dict[int, Terms]
+    corrections: dict[int, Terms]
+
+    @property
+    def mask(self) -> list[int]:
+        """For every step, 1 if it is computed."""
+        return [int(step in self.key_steps) for step in range(self.num_steps)]
+
+    @property
+    def last_uses(self) -> dict[int, int]:
+        """Key step -> the last step that is made from its value."""
+        uses: dict[int, int] = {}
+        for step, terms in sorted([*self.predictions.items(), *self.corrections.items()]):
+            uses.update({key: step for key, _ in terms})
+        return uses
+
+    @classmethod
+    def read(cls, path: "str | Path") -> "Schedule":
+        """A file that `dpcache.Schedule.save` wrote.
+
+        Raises:
+            EngineError: it is none, of another version, or was edited.
+        """
+        try:
+            document = json.loads(Path(path).read_text(encoding="utf-8"))
+            kind, version, digest = (document.pop(name, None) for name in ("format", "version", "digest"))
+        except (OSError, ValueError, AttributeError, TypeError) as error:
+            raise EngineError(f"{path} cannot be read as a dpcache schedule: {error}.") from error
+        if (kind, version) != (FORMAT, VERSION):
+            raise EngineError(
+                f"{path} is {kind or 'no dpcache schedule'} of version {version}, this plug-in reads {FORMAT} of "
+                f"version {VERSION}: make it with the dpcache that this plug-in came with."
+            )
+        if hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest() != digest:
+            raise EngineError(f"{path} was edited after it was written: make it again with dpcache.")
+        return cls(
+            Path(path).name,
+            document["num_inference_steps"],
+            tuple(document["key_steps"]),
+            _terms(document["predictions"]),
+            _terms(document["corrections"]),
+        )
+
+
+def _terms(found: dict[str, list[dict[str, Any]]]) -> dict[int, Terms]:
+    return {int(step): tuple((one["key_step"], one["coefficient"]) for one in terms) for step, terms in found.items()}
