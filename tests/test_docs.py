@@ -23,7 +23,7 @@ from dpcache.run import layouts
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 #: Snippets that nothing runs here, for the reason in the comment before each: "<!-- no-run: needs two GPUs -->".
-NOT_RUN: dict[str, int] = {"architecture.md": 1, "integrations.md": 2}
+NOT_RUN: dict[str, int] = {"architecture.md": 1, "engines.md": 2, "integrations.md": 2}
 SHELL = ("", "bash", "sh", "console")
 FENCE = re.compile(
     r"^(?:<!-- *(?P<mark>no-run: *\S.*?|quick) *-->\n\n?)?```(?P<language>[\w-]*)[^\n]*\n(?P<code>.*?)^```$",
