@@ -15,6 +15,8 @@ from training import stages, tiny_flux, train
 from training.judge import draw, fresh_pictures, judge, reconstruction_psnr
 from training.muon import orthogonalise
 
+from dpcache import zoo
+from dpcache.errors import MissingExtraError
 from dpcache.zoo import BUNDLED, UnknownModelError, load_pipeline, shapes
 
 TINY_FLUX = BUNDLED["tiny-flux"]
@@ -245,3 +247,14 @@ def test_control_c_leaves_a_checkpoint_and_says_so(
 
     assert train.main([*command, "--restart", "--seed", "1"]) == 0
     assert signal.getsignal(signal.SIGINT) is handler
+
+
+def test_transformers_that_would_load_random_weights_are_refused(monkeypatch):
+    """Before version 5 it names weights otherwise, and says so in a log alone."""
+    versions = {"transformers": "4.57.3", "diffusers": "0.35.2"}
+    monkeypatch.setattr(zoo, "version", versions.__getitem__)
+    with pytest.raises(MissingExtraError, match=r"transformers 5, and 4\.57\.3 would load random weights"):
+        load_pipeline("tiny-flux")
+    assert zoo._dtype_argument() == "torch_dtype"  # what diffusers before 0.40 knows
+    monkeypatch.undo()
+    assert load_pipeline("tiny-dit", torch_dtype=torch.float16).transformer.dtype == torch.float16

@@ -6,10 +6,11 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, ClassVar, Never, Self
+from typing import Any, ClassVar
 
 import numpy as np
 import numpy.typing as npt
+from typing_extensions import Never, Self
 
 from dpcache.checks import no_more_arguments, number
 from dpcache.errors import CalibrationError, GridError

@@ -1,7 +1,9 @@
 """One way to plan: who predicts, what an error costs, and which steps are key steps in any case."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal, Self, get_args
+from typing import Any, Literal, get_args
+
+from typing_extensions import Self
 
 from dpcache.checks import number, one_of, whole
 

@@ -2,7 +2,9 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, Never
+from typing import Any
+
+from typing_extensions import Never
 
 from dpcache.checks import no_more_arguments
 from dpcache.errors import CacheStateError

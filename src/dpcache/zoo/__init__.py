@@ -7,11 +7,13 @@ diffusers and transformers are imported only when a pipeline is loaded.
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from dpcache.errors import UnknownModelError
+from dpcache.errors import MissingExtraError, UnknownModelError, missing_extra
 from dpcache.zoo import classes, clips, leaves, shapes
 
 if TYPE_CHECKING:
@@ -71,11 +73,18 @@ def _class_inputs(numbers: Iterable[int]) -> tuple[Inputs, ...]:
     return tuple({"class_labels": [number]} for number in numbers)
 
 
+def _directory(name: str) -> Path:
+    """Where a model's files are: with the package, or in the package that has those its wheel leaves out."""
+    own = Path(__file__).parent / "models" / name
+    more = None if own.is_dir() else find_spec("dpcache_zoo")
+    return Path(more.origin).parent / name if more is not None and more.origin is not None else own
+
+
 _ROWS = (
     BundledModel(
         name="hard-flux",
         description="FluxPipeline, text to 64x64 picture of a heap of things, most of it left open, 2.8 M parameters",
-        directory=Path(__file__).parent / "models" / "hard-flux",
+        directory=_directory("hard-flux"),
         # The captions have at most 9 tokens. Guided by two calls, since the weights know no guidance of their own.
         call_defaults=MappingProxyType({"max_sequence_length": 16, "negative_prompt": "", "true_cfg_scale": 7.0}),
         attributes=MappingProxyType({"default_sample_size": 16}),
@@ -87,7 +96,7 @@ _ROWS = (
         name="hard-dit",
         description="DiTPipeline, one of 40 classes to 64x64 picture of a heap of things, most of it left open, 2.3 M "
         "parameters",
-        directory=Path(__file__).parent / "models" / "hard-dit",
+        directory=_directory("hard-dit"),
         call_defaults=MappingProxyType({"guidance_scale": 8.0}),
         attributes=MappingProxyType({}),
         calibration_pool=lambda: _class_inputs(leaves.shuffled_classes("calibration")),
@@ -96,7 +105,7 @@ _ROWS = (
     BundledModel(
         name="tiny-flux",
         description="FluxPipeline, text to 32x32 picture of a coloured shape, 2.5 M parameters",
-        directory=Path(__file__).parent / "models" / "tiny-flux",
+        directory=_directory("tiny-flux"),
         # The prompts have at most 12 tokens; FluxPipeline would pad them to 512.
         call_defaults=MappingProxyType({"max_sequence_length": 32}),
         # In latent pixels. FluxPipeline.__init__ fixes 128 for every model.
@@ -107,7 +116,7 @@ _ROWS = (
     BundledModel(
         name="tiny-dit",
         description="DiTPipeline, one of 32 classes to 32x32 picture of a coloured shape, 2.0 M parameters",
-        directory=Path(__file__).parent / "models" / "tiny-dit",
+        directory=_directory("tiny-dit"),
         call_defaults=MappingProxyType({"guidance_scale": 3.0}),
         attributes=MappingProxyType({}),
         calibration_pool=lambda: _class_inputs(classes.shuffled("calibration", rounds=8)),
@@ -116,7 +125,7 @@ _ROWS = (
     BundledModel(
         name="tiny-hunyuan-video",
         description="HunyuanVideoPipeline, text to nine 32x32 frames of a moving coloured shape, 3.6 M parameters",
-        directory=Path(__file__).parent / "models" / "tiny-hunyuan-video",
+        directory=_directory("tiny-hunyuan-video"),
         # The pipeline's own template asks an 8 B language model for a description of a video.
         call_defaults=MappingProxyType(
             {
@@ -152,6 +161,7 @@ def load_pipeline(
 
     Raises:
         UnknownModelError: if there is no such model.
+        MissingExtraError: a bundled model with a version of transformers that cannot read it.
     """
     name = str(name_or_path)
     model = BUNDLED.get(name)
@@ -163,11 +173,14 @@ def load_pipeline(
     import torch
     from diffusers import DiffusionPipeline
 
+    if model is not None and '"transformers"' in (source / "model_index.json").read_text(encoding="utf-8"):
+        _check_transformers()
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     on_gpu = torch.device(device).type == "cuda"
     dtype = torch_dtype or (torch.bfloat16 if on_gpu and model is None else torch.float32)
     try:
-        pipeline = DiffusionPipeline.from_pretrained(str(source) if source.is_dir() else name, dtype=dtype)
+        place = str(source) if source.is_dir() else name
+        pipeline = DiffusionPipeline.from_pretrained(place, **{_dtype_argument(): dtype})
     except OSError as error:
         raise UnknownModelError(f"{_no_such(name)} (diffusers says: {error})") from error
     for attribute, value in (model.attributes if model else {}).items():
@@ -175,9 +188,39 @@ def load_pipeline(
     return pipeline.to(device)
 
 
+def _dtype_argument() -> str:
+    """What `from_pretrained` calls the dtype: diffusers before 0.40 overlooks the new name without a word."""
+    return "dtype" if _major_minor("diffusers") >= (0, 40) else "torch_dtype"
+
+
+def _check_transformers() -> None:
+    """Transformers before 5 names weights otherwise, and draws at random what it does not find, with a line in a log.
+
+    Raises:
+        MissingExtraError: it is one of these, or not installed.
+    """
+    try:
+        found = _major_minor("transformers")
+    except PackageNotFoundError as error:
+        raise missing_extra("loading a bundled model", error, "dpcache[zoo]") from error
+    if found < (5, 0):
+        raise MissingExtraError(
+            f"the bundled models were saved by transformers 5, and {version('transformers')} would load random "
+            "weights: pip install 'transformers>=5', or use a model of your own."
+        )
+
+
+def _major_minor(package: str) -> tuple[int, int]:
+    major, minor, *_ = version(package).split(".")
+    return int(major), int(minor)
+
+
 def _no_such(name: str) -> str:
     if name in BUNDLED:
-        return f"the files of {name!r} are not installed; train them with: python -m training.train {name}"
+        return (
+            f"the files of {name!r} are not in the wheel: from a checkout of dpcache, pip install ./integrations/zoo, "
+            f"or train them with: python -m training.train {name}"
+        )
     return (
         f"no pipeline named {name!r}. Bundled models: {', '.join(BUNDLED)}. Or give a directory in diffusers format "
         "(one that holds model_index.json) or the id of a Hugging Face repository, like 'owner/name'"
