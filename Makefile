@@ -1,11 +1,12 @@
 PYTHON ?= python3
+OLDEST ?= python3.10
 BIN := .venv/bin
 
 # Threads that wait for each other sleep instead of spinning: on a busy machine spinning makes small models crawl.
 export OMP_WAIT_POLICY ?= passive
 export GOMP_SPINCOUNT ?= 0
 
-.PHONY: demo test check docs engines bench bench-speed clean
+.PHONY: demo test check docs oldest engines bench bench-speed clean
 
 demo: .venv/installed  ## calibrate tiny-flux, plan, generate in full and cached, write report.html
 	$(BIN)/dpcache demo
@@ -28,6 +29,14 @@ docs: .venv/installed  ## the documentation as a site: site/index.html
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
+oldest:  ## the core on the oldest Python, torch, diffusers and transformers that it is for, in .venv-oldest
+	test -d .venv-oldest || $(OLDEST) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . transformers \
+	  accelerate peft pytest pytest-xdist hypothesis scikit-image ftfy
+	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --maxprocesses 4 -p no:cacheprovider \
+	  tests/pipelines/test_table.py tests/test_planner.py tests/test_costs.py tests/test_curves.py tests/test_recipe.py \
+	  tests/test_journal.py
+
 engines: .venv/installed  ## the plug-in for serving engines, in the oldest cache-dit it is for and in the newest
 	for version in 1.5.0 1.5.3; do \
 	  test -d .engines/$$version || $(BIN)/python -m pip install --quiet --no-deps --target .engines/$$version cache-dit==$$version; \
@@ -43,4 +52,4 @@ bench-speed: .venv/installed  ## how fast: docs/performance.md; about 15 minutes
 	OMP_NUM_THREADS=1 $(BIN)/python -m benchmarks.speed
 
 clean:
-	rm -rf .venv .engines site .mypy_cache .ruff_cache .pytest_cache
+	rm -rf .venv .venv-oldest .engines site .mypy_cache .ruff_cache .pytest_cache

@@ -3,9 +3,8 @@
 from typing import Any
 
 import diffusers
+import pytest
 import torch
-from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_diffnext import WuerstchenDiffNeXt
-from diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_prior import WuerstchenPrior
 
 from tests.pipelines.small import Absent, make, noise, size, texts, wide
 from tests.pipelines.small_others import cascade_decoder, cascade_prior, pooled
@@ -21,15 +20,20 @@ def rescaled(model: Any) -> Any:
     return model.eval()
 
 
+def wuerstchen(part: str) -> Any:
+    """A module of diffusers' that has been elsewhere before."""
+    return pytest.importorskip(f"diffusers.pipelines.deprecated.wuerstchen.modeling_wuerstchen_{part}")
+
+
 def wuerstchen_prior() -> dict[str, Any]:
-    prior = rescaled(WuerstchenPrior(c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=0.0))
+    prior = rescaled(wuerstchen("prior").WuerstchenPrior(c_in=4, c=16, c_cond=8, c_r=8, depth=2, nhead=2, dropout=0.0))
     parts = {"prior": prior, "scheduler": diffusers.DDPMWuerstchenScheduler()}
     return {**parts, "text_encoder": TextEncoder(), "tokenizer": Tokenizer()}
 
 
 def wuerstchen_decoder() -> dict[str, Any]:
     decoder = rescaled(
-        WuerstchenDiffNeXt(
+        wuerstchen("diffnext").WuerstchenDiffNeXt(
             c_in=4,
             c_out=4,
             c_r=8,

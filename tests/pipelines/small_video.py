@@ -3,10 +3,10 @@
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 from diffusers.guiders import ClassifierFreeGuidance
-from diffusers.pipelines.ltx2 import LTX2TextConnectors
 
 from tests.pipelines.small import Built, assemble, make, noise, ones, size, small
 
@@ -220,7 +220,7 @@ def LTX2Pipeline() -> Built:
         caption_channels=8,
         perturbed_attn=True,
     )
-    connectors = LTX2TextConnectors(
+    connectors = pytest.importorskip("diffusers.pipelines.ltx2").LTX2TextConnectors(
         caption_channels=8,
         text_proj_in_factor=1,
         video_connector_num_attention_heads=2,
