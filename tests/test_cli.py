@@ -266,8 +266,8 @@ def files(tmp_path_factory):
     ("words", "code", "message"),
     [
         ("plan missing.safetensors -k 5", 1, "missing.safetensors. A calibration is made by"),
-        ("plan s.json -k 5", 2, "s.json is no calibration but a schedule"),
-        ("plan builtin:13 -k 5", 2, "builtin:13 is no calibration but a schedule"),
+        ("plan s.json -k 5", 2, "s.json looks like a schedule, not a calibration"),
+        ("plan builtin:13 -k 5", 2, "builtin:13 looks like a schedule, not a calibration"),
         ("plan c.safetensors", 2, "give one of --key-steps"),
         ("plan c.safetensors -k 3 --max-error 0.02", 2, "give one of --key-steps"),
         ("plan c.safetensors -k 7", 1, "--key-steps must be from 1 to the number of steps (6), got 7"),

@@ -190,7 +190,7 @@ def build(
                     min(num_key_steps, steps),
                     step=1,
                     label="Key steps, K",
-                    info="Computed in full; all others are predicted. Released, it draws anew.",
+                    info="Computed in full; all others are predicted. It redraws when you let go.",
                     buttons=[],
                 )
                 num_steps = gr.Slider(

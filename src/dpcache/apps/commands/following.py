@@ -86,7 +86,7 @@ def read_calibration(name: str) -> "Calibration":
     from dpcache.apps.sources import calibration_from
 
     if Path(name).suffix == ".json" or name.startswith("builtin:"):
-        raise typer.BadParameter(f"{name} is no calibration but a schedule by its name: give it with --schedule.")
+        raise typer.BadParameter(f"{name} looks like a schedule, not a calibration: give it with --schedule.")
     return calibration_from(name)
 
 

@@ -37,7 +37,7 @@ def plan(
     ] = "sampler",
     measured: Annotated[
         float | None,
-        typer.Option(min=0, max=1, help="What of the measured sensitivity to believe [0.5 where it was measured]."),
+        typer.Option(min=0, max=1, help="Weight of the measured sensitivity, 0 to 1 [0.5 where it was measured]."),
     ] = None,
     first: Annotated[
         int | None, typer.Option("--first", min=0, help="So many first steps are key steps [1; 3 with --method paper].")
@@ -63,6 +63,11 @@ def plan(
         num_inference_steps=steps,
     )
     schedule.save(output)
+    if max_error is not None and schedule.num_key_steps == schedule.num_inference_steps:
+        terminal.note(
+            f"no plan keeps within an error of {max_error:g}: this schedule computes every step, and saves nothing. "
+            "Allow a larger --max-error, or calibrate on more inputs."
+        )
     expected = "" if schedule.expected_error is None else f", expected error {schedule.expected_error:.2%}"
     terminal.result(
         document(schedule, output),

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Collection
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -164,25 +165,41 @@ def _errors(calibration: "Calibration", plans: "dict[int, Plan]") -> dict[int, f
     return {k: calibration.expected_error(calibration.schedule(plan.key_steps)) for k, plan in plans.items()}
 
 
+#: Of `_short_strip`, the characters at most: with the numbers beside it that is a terminal of 60 columns.
+_STRIP = 25
+
+
+def _short_strip(plan: "Plan", steps: int) -> str:
+    """The loop from left to right, darker where more of its steps are computed."""
+    cells = min(steps, _STRIP)
+    edges = [round(cell * steps / cells) for cell in range(cells + 1)]
+    shares = [sum(first <= key < end for key in plan.key_steps) / (end - first) for first, end in pairwise(edges)]
+    return "".join("·░▒▓█"[math.ceil(4 * share)] for share in shares)
+
+
 def _trade_off(
     plans: "dict[int, Plan]", errors: dict[int, float], steps: int, method: str, chosen: int | None
 ) -> Table:
     """Error against speedup: a bar for every budget, on a logarithmic scale."""
-    kind = "expected error" if errors else "error, of no known unit"
+    kind = "expected error" if errors else "relative error (uncalibrated)"
     shown: dict[int, Any] = errors or {
         k: plan.cost ** (0.5 if method == "sampler" else 1.0) for k, plan in plans.items()
     }
-    table = Table("", "K", "T/K", kind, title=f"best single plans, {method} cost", box=SIMPLE_HEAD)
-    table.add_column("", no_wrap=True)
-    table.add_column("key steps", no_wrap=True)
+    table = Table(title=f"best single plans, {method} cost", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    # Numbers are never cut; what is drawn gives way on a narrow terminal.
+    for heading, width in (("", 1), ("K", 2), ("T/K", 5), (kind, 11)):
+        table.add_column(heading, min_width=width)
+    table.add_column("", no_wrap=True, max_width=12, overflow="crop")
+    table.add_column(f"computed, of {steps}", no_wrap=True, overflow="crop")
     logs = [math.log(error) for error in shown.values()]
     for k, plan in plans.items():
         share = (math.log(shown[k]) - min(logs)) / ((max(logs) - min(logs)) or 1.0)
         figure = f"{shown[k]:.3%}" if errors else f"{shown[k]:.3g}"
-        bar = "█" * (1 + round(23 * share))
+        bar = "█" * (1 + round(11 * share))
         style = "bold" if k == chosen else None
-        keys = " ".join(map(str, plan.key_steps))
-        table.add_row("→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, bar, keys, style=style)
+        table.add_row(
+            "→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, bar, _short_strip(plan, steps), style=style
+        )
     if chosen in plans:
         table.caption = f"{chosen} key steps: {' '.join(map(str, plans[chosen].key_steps))}"
     elif chosen is not None:
