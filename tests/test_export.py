@@ -69,6 +69,17 @@ def test_cache_dit_computes_exactly_the_planned_steps(pipe: Any, tmp_path: Path)
     assert 25 < psnr(full[0], found[0]) < 90
 
 
+def test_calls_of_other_lengths_compute_what_lies_beyond_the_schedule(pipe: Any) -> None:
+    cache_dit.enable_cache(pipe, **exports.export(schedule()).arguments())
+    try:
+        for steps in (STEPS + 4, STEPS, STEPS - 8):
+            with computed_steps(pipe) as computed:
+                draw(pipe, num_inference_steps=steps)
+            assert computed == [step for step in range(steps) if step in KEYS or step >= STEPS]
+    finally:
+        cache_dit.disable_cache(pipe)
+
+
 def test_arguments_settings_and_bins_say_the_same(tmp_path: Path) -> None:
     exported = exports.export(schedule())
     assert [step for step, computed in enumerate(exported.mask) if computed] == list(KEYS)
@@ -96,7 +107,7 @@ def test_arguments_settings_and_bins_say_the_same(tmp_path: Path) -> None:
 
 def test_a_mask_that_ends_with_skipped_steps_goes_on_with_computed_ones() -> None:
     environment = exports.sglang(schedule((0, 1, 5)))
-    assert environment["SGLANG_CACHE_DIT_SCM_COMPUTE_BINS"] == "2,1,1000"
+    assert environment["SGLANG_CACHE_DIT_SCM_COMPUTE_BINS"] == "2,1,150"
     assert environment["SGLANG_CACHE_DIT_SCM_CACHE_BINS"] == "3,14"
 
 
@@ -175,11 +186,11 @@ def test_command(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
 
     code, out, _ = type_in("s.json", "--to", "sglang")
     assert code == 0
-    assert "export SGLANG_CACHE_DIT_SCM_COMPUTE_BINS=3,1,1,1,1001\n" in out
+    assert "export SGLANG_CACHE_DIT_SCM_COMPUTE_BINS=3,1,1,1,151\n" in out
     code, out, _ = type_in("s.json", "--to", "cache-dit", "-o", "cache.json")
     assert (code, out) == (0, "wrote cache.json\n")
     written = json.loads(Path("cache.json").read_text())
-    assert sum(written["cache_config"]["steps_computation_mask"]) == len(KEYS)
+    assert sum(written["cache_config"]["steps_computation_mask"][:STEPS]) == len(KEYS)
     code, out, _ = type_in("s.json", "--to", "cache-dit", "--json")
     assert (code, json.loads(out)) == (0, written)
     code, out, _ = type_in("s.json", "--to", "cache-dit", "-o", "mask.py", "--json")

@@ -26,8 +26,8 @@ Target = Literal["cache-dit", "sglang", "vllm-omni", "xdit"]
 
 #: Blocks that cache-dit computes at every step, before it decides: the fewest it works with.
 _FIRST_BLOCKS = 1
-#: Computed steps that SGLang's mask goes on with: it fails for requests longer than the mask.
-_LONGER = 1000
+#: Computed steps that masks go on with: cache-dit fails in calls that are longer than the mask.
+_LONGER = 150
 #: Denoisers, by the beginning of their names, of which cache-dit expects two calls a step, for guidance.
 _TWO_CALLS = (
     "Wan", "HunyuanVideo", "QwenImage", "CogView4", "Cosmos", "SkyReelsV2", "Chroma", "Kandinsky5", "HunyuanImage",
@@ -59,7 +59,7 @@ class Export:
             "Fn_compute_blocks": _FIRST_BLOCKS,
             "Bn_compute_blocks": 0,
             "max_warmup_steps": _runs(self.mask)[0],
-            "steps_computation_mask": list(self.mask),
+            "steps_computation_mask": [*self.mask, *[1] * _LONGER],
             "steps_computation_policy": "static",
         }
 
@@ -84,7 +84,9 @@ class Export:
 
     def snippet(self) -> str:
         """Python that enables this on a pipeline named `pipe`."""
-        config = "".join(f"        {name}={value!r},\n" for name, value in self.cache_config.items())
+        written = {name: repr(value) for name, value in self.cache_config.items()}
+        written["steps_computation_mask"] = f"{list(self.mask)} + [1] * {_LONGER}"
+        config = "".join(f"        {name}={value},\n" for name, value in written.items())
         taylor = f"cache_dit.TaylorSeerCalibratorConfig(taylorseer_order={self.order})" if self.order else "None"
         return (
             f"{_comments(_heading(self.mask), *self.notes)}"
