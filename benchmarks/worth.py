@@ -209,8 +209,8 @@ def page(results: Sequence[Row]) -> str:
 VERDICT = """## What came of it
 
 - **Adaptive key steps and drift are gone**: at equal calls they were worth nothing over the same plan with corrections.
-- **Tuning is gone** with the old search, for what it cost: hundreds of runs. On the easy `tiny-flux` it was worth 1 to
-  3 dB, which [defaults.md](defaults.md) now lacks; on hard models it was not measured.
+- **Tuning is gone** with the old search, for what it cost: hundreds of runs. Coefficients fitted in runs, hop by hop,
+  came later and cost little ([fits.md](fits.md)).
 - **Corrections** do harm with few key steps and help with more: a plan corrects only where its errors are small.
 - **Order 2** of Taylor is no better than order 1, and both are far from the best. The trend, which is newer than this
   table, and fitted coefficients of order 1 are: `optimize` tries both, and a plan takes the trend where it is cheaper.
