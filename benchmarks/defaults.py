@@ -2,6 +2,7 @@
 
     python -m benchmarks.defaults                               # every model, 50 steps and fewer, then docs/defaults.md
     python -m benchmarks.defaults hard-flux --steps 50 -k 5 9 13 --inputs 16
+    python -m benchmarks.defaults hard-flux --ways optimize     # anew; what other ways reached is kept
     python -m benchmarks.defaults --resume                      # go on after an interruption
     python -m benchmarks.defaults --page-only                   # the page from the figures already measured
 
@@ -46,9 +47,10 @@ class Measured:
         self._calibration: dpcache.Calibration | None = None
 
     def run(self, ways: Sequence[str], *, resume: bool) -> None:
-        """The ways at every K, written to the file after each row."""
-        if resume and self.path.exists():
-            self.rows = json.loads(self.path.read_text())["rows"]
+        """The ways at every K, written to the file after each row; rows of others stay in it."""
+        known = json.loads(self.path.read_text())["rows"] if self.path.exists() else []
+        anew = set() if resume else set(itertools.product(ways, self.key_steps))
+        self.rows = [row for row in known if (row["way"], row["k"]) not in anew]
         done = {(row["way"], row["k"]) for row in self.rows}
         for way in ways:
             for k in self.key_steps:
@@ -61,14 +63,15 @@ class Measured:
         else:
             schedule = self._schedule(way, k)
             pictures, _ = self.subject.draw(schedule, self.steps)
-        row = {"way": way, "k": k, **scores(self.full, pictures)}
+        found = scores(self.full, pictures)
+        row = {"way": way, "k": k, "psnr_mean": found["psnr_mean"], "psnr_p5": found["psnr_p5"]}
         if schedule is not None:
             row |= {"key_steps": schedule.key_steps, "predictor": str(schedule.predictor), "source": schedule.source}
         self.rows.append(json.loads(json.dumps(row, default=plain)))
         tqdm.write(f"{self.subject.model.name}: {way}, K = {k}: {row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = {"model": self.subject.model.name, "inputs": len(self.subject.inputs), "steps": self.steps}
-        self.path.write_text(json.dumps(rounded({**head, "budget": self.budget, "rows": self.rows}), indent=1) + "\n")
+        self.path.write_text(_lines({**head, "budget": self.budget}, rounded(self.rows)))
 
     def _schedule(self, way: str, k: int) -> dpcache.Schedule:
         if way in EVEN:
@@ -100,6 +103,12 @@ class Measured:
             progress=False,
             **self.subject.model.call_defaults,
         )
+
+
+def _lines(head: Row, rows: Sequence[Row]) -> str:
+    """JSON with one row a line."""
+    body = ",\n  ".join(json.dumps(row) for row in rows)
+    return f'{{{json.dumps(head)[1:-1]}, "rows": [\n  {body}\n]}}\n'
 
 
 ABOUT = """# Every default at every K

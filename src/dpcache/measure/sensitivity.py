@@ -25,20 +25,24 @@ REACH = 3
 """The prediction put in at a step is from the values this many steps before it, and as many before that."""
 
 
-def probe_steps(num_steps: int) -> list[int]:
+def probe_steps(num_steps: int, probes: int = PROBES) -> list[int]:
     """The steps at which to measure, of T."""
     if num_steps < 2:
         return []
-    return sorted({int(step) for step in np.geomspace(1, num_steps - 1, PROBES).round()})
+    return sorted({int(step) for step in np.geomspace(1, num_steps - 1, probes).round()})
 
 
-def probing_calls(num_steps: int) -> int:
+def probing_calls(num_steps: int, probes: int = PROBES) -> int:
     """Steps computed in full to measure one input: one run, and from every probe to the end."""
-    return num_steps + sum(num_steps - step - 1 for step in probe_steps(num_steps))
+    return num_steps + sum(num_steps - step - 1 for step in probe_steps(num_steps, probes))
 
 
 def measure(
-    pipeline: Any, arguments: Callable[[], dict[str, Any]], on_step: Callable[[], object] = lambda: None
+    pipeline: Any,
+    arguments: Callable[[], dict[str, Any]],
+    on_step: Callable[[], object] = lambda: None,
+    *,
+    probes: int = PROBES,
 ) -> dict[int, float]:
     """How far the final sample of one call moves, per unit of error in what the scheduler receives at a step.
 
@@ -46,6 +50,7 @@ def measure(
         pipeline: a diffusers pipeline.
         arguments: gives those of the call, the same at every time.
         on_step: called after every step computed in full.
+        probes: steps at which to measure, at most.
 
     Returns:
         probed step -> RMS difference of the final sample / RMS error at the step; steps at which no error could be made
@@ -61,7 +66,7 @@ def measure(
         if not prober.received:
             raise CalibrationError("what the scheduler was given at every step could not be seen.")
         truth = prober.sample
-        for step in probe_steps(len(prober.received)):
+        for step in probe_steps(len(prober.received), probes):
             prober.probe, prober.error = step, 0.0
             pipeline(**arguments())
             if prober.error > 0:

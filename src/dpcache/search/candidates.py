@@ -1,8 +1,9 @@
 """What is tried: sets of key steps from a calibration, from curves and from elsewhere, each with several predictors."""
 
 import itertools
+import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -11,6 +12,7 @@ from dpcache.errors import CalibrationError, InfeasibleBudgetError
 from dpcache.measure.calibration import Calibration
 from dpcache.plan.builtin import builtins
 from dpcache.plan.corrections import by_gram, corrected
+from dpcache.plan.costs import schedule_cost
 from dpcache.plan.curves import EXPONENT, smooth_key_steps
 from dpcache.plan.grids import frame
 from dpcache.plan.predictors import Predictor, Taylor, Trend
@@ -25,6 +27,8 @@ TAILS = (0.25, 0.4, 0.7, 1.0)
 READY_MADE = (9, 13, 21)
 """Key steps of the ready-made schedules of FLUX.1-dev that were run, not drawn between others (`plan.builtin`)."""
 READY_MADE_STEPS = 50
+SHARES = (1.0, 0.0)
+"""Of the measured sensitivity, beside the usual one of plans."""
 ALL_CHOICES = 12
 """Up to so many steps every choice of key steps is among the candidates."""
 
@@ -75,14 +79,16 @@ class Candidate:
         schedule: the schedule.
         keys: its key steps.
         way: how it predicts.
+        is_plain: one of the plain ways, which nothing may be worse than.
+        expected: what errors to expect, in a unit of its own, by its cost; None without a calibration.
         errors: number of the judging input -> error.
-        is_plain: one of the plain ways, which are tried on every input.
     """
 
     schedule: Schedule
     keys: KeySteps
     way: Way
     is_plain: bool = False
+    expected: float | None = None
     errors: dict[int, float] = field(default_factory=dict)
 
     def __str__(self) -> str:
@@ -119,33 +125,36 @@ class Candidates:
         self._made: dict[tuple[tuple[int, ...], str], Candidate] = {}
         self._different: dict[Turns, Candidate] = {}
 
-    def make(self, keys: KeySteps, way: Way, *, is_plain: bool = False) -> Candidate:
+    def make(self, keys: KeySteps, way: Way) -> Candidate:
         """The candidate with these key steps; the same one every time, and for all ways that come to the same."""
         if (keys.steps, way.name) not in self._made:
-            schedule = self._schedule(keys.steps, way)
-            one = self._different.setdefault(turns(schedule), Candidate(schedule, keys, way, is_plain))
-            self._made[keys.steps, way.name] = one
+            self._made[keys.steps, way.name] = self._candidate(self._schedule(keys.steps, way), keys, way)
         return self._made[keys.steps, way.name]
+
+    def _candidate(self, schedule: Schedule, keys: KeySteps, way: Way) -> Candidate:
+        is_plain = keys.steps == self._even().steps and way in TAYLOR
+        return self._different.setdefault(
+            turns(schedule), Candidate(schedule, keys, way, is_plain, self._expected(schedule))
+        )
 
     def fitted(self, base: Candidate, schedule: Schedule) -> Candidate:
         """The candidate that a base becomes by fitting its coefficients in runs (see `hops.fitted`)."""
         way = Way(f"{base.way.name}, fitted in runs", base.way.predictor, base.way.corrects)
-        return self._different.setdefault(turns(schedule), Candidate(schedule, base.keys, way))
+        return self._different.setdefault(turns(schedule), Candidate(schedule, base.keys, way, expected=base.expected))
 
     def correct(self, candidate: Candidate, schedule: Schedule) -> Schedule:
         """A schedule with corrections, where the candidate has them."""
         return self._corrected(schedule) if candidate.schedule.corrections else schedule
 
-    def plain(self) -> list[Candidate]:
-        """What one would do without trying anything, the simplest first."""
+    def usual(self) -> list[Candidate]:
+        """What one would do without trying anything, the simplest first: the plain ways, the smooth curve, a plan."""
         ways = [(self._smooth(), TREND), *((self._even(), way) for way in TAYLOR)]
         if self._frame is not None:
             ways.append((self._smooth(), TREND_CORRECTED))
-        found = [self.make(keys, way, is_plain=True) for keys, way in ways]
+        found = [self.make(keys, way) for keys, way in ways]
         if (plan := self._plan(Recipe())) is not None:
             way = Way(f"{plan.predictor} of order {plan.order}", Taylor(plan.order), bool(plan.corrections))
-            one = Candidate(plan, KeySteps(plan.key_steps, "the plan"), way, is_plain=True)
-            found.append(self._different.setdefault(turns(plan), one))
+            found.append(self._candidate(plan, KeySteps(plan.key_steps, "the plan"), way))
         return list(dict.fromkeys(found))
 
     @cached_property
@@ -181,6 +190,12 @@ class Candidates:
             return made
         return corrected(made, self._frame, by_gram(self._calibration.gram.mean(axis=0), self._frame.moves))
 
+    def _expected(self, schedule: Schedule) -> float | None:
+        """The root of its cost."""
+        if self._calibration is None or not len(self._calibration.gram):
+            return None
+        return math.sqrt(schedule_cost(self._calibration.gram, self._calibration.weights(), schedule))
+
     def _smooth(self) -> KeySteps:
         return KeySteps(smooth_key_steps(self.num_key_steps, self.num_steps), "the smooth curve")
 
@@ -190,8 +205,12 @@ class Candidates:
     def _planned(self) -> Iterator[KeySteps]:
         if self._calibration is None:
             return
-        named = {f"a plan for order {order}": Recipe(order=order) for order in (2, 1, 0)}
-        named["a plan for the trend"] = Recipe("trend")
+        recipes = {f"a plan for order {order}": Recipe(order=order) for order in (2, 1, 0)}
+        recipes["a plan for the trend"] = Recipe("trend")
+        named = dict(recipes)
+        for share in SHARES if self._calibration.is_measured else ():
+            what = f"{share:.0%} of the measured sensitivity"
+            named |= {f"{name}, {what}": replace(recipe, measured=share) for name, recipe in recipes.items()}
         if not len(self._calibration.gram):
             named = {"the paper's plan": Recipe(method="paper")}
         for name, recipe in named.items():

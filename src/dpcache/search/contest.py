@@ -1,15 +1,24 @@
 """Successive halving: many candidates on few inputs, ever fewer on ever more of them, the last ones on all."""
 
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from dpcache.plan.schedule import Schedule
 
-from .candidates import CORRECTED, TREND, TREND_CORRECTED, Candidate, Candidates
+from .candidates import CORRECTED, TREND, TREND_CORRECTED, Candidate, Candidates, KeySteps
 
 #: Of what is left when they begin, the shares that the rounds may spend.
 FIRST, SECOND, WAYS, FITS = 0.4, 0.3, 0.35, 0.7
+#: Of the first round, so many candidates rather than more inputs; where errors are foretold, the likeliest of all.
+FEWEST_FIRST = 30
+#: So many inputs the expected error of a candidate is worth.
+EXPECTED = 6
+#: Of the same key steps so many enter the last round before others do.
+MOST_ALIKE = 2
+#: After so many inputs the usual ways are looked at; those so many times as bad as the best of them run no further.
+LOOK, HOPELESS = 2, 3
 #: In the first rounds so many inputs at most: what is gained by more is less than what more ways to predict gain.
 MOST_FIRST_INPUTS = 6
 #: Choices of key steps that are tried with every way to predict, at least.
@@ -54,6 +63,7 @@ class Contest:
         num_inputs: how many inputs there are to judge by.
         trials: runs them.
         average: what the errors of several inputs amount to.
+        expects: whether errors are what candidates say to expect; a metric of the user's own is not.
 
     Attributes:
         tried: candidates that have run at least once.
@@ -66,18 +76,21 @@ class Contest:
         num_inputs: int,
         trials: Trials,
         average: Callable[[Sequence[float]], float],
+        *,
+        expects: bool = True,
     ) -> None:
         self._candidates, self._num_inputs = candidates, num_inputs
-        self._trials, self._average = trials, average
-        self._plain = candidates.plain()
+        self._trials, self._average, self._expects = trials, average, expects
+        self._usual = candidates.usual()
         self.tried: list[Candidate] = []
         self.finalists: list[Candidate] = []
 
     def best(self) -> Candidate:
         """The candidate with the least error on all judging inputs, or on as many as the budget allows."""
-        self._run(self._plain, 1)
-        inputs = self._first_inputs()
-        field = self._run(self._field()[: self._within(FIRST, inputs)], inputs)
+        self._drop_hopeless()
+        field = self._ranked(self._field())
+        inputs = self._first_inputs(field)
+        field = self._run(field[: self._within(FIRST, inputs)], inputs)
         more = min(self._num_inputs, 2 * inputs)
         field = self._run(self._ranked(field)[: self._within(SECOND, more - inputs)], more)
         ways = self._candidates.ways()
@@ -107,22 +120,39 @@ class Contest:
         self._run([one for one in dict.fromkeys(made) if one not in self.tried], inputs)
 
     def _final(self) -> Candidate:
-        """The best of the plain ways and the best others, on all inputs if the budget allows that."""
-        known = max((len(one.errors) for one in self.tried if not one.is_plain), default=0)
-        others = self._ranked([one for one in self.tried if not one.is_plain and len(one.errors) == known])
-        self._run(self._plain, self._num_inputs)
+        """The best of the usual ways and the best others, on all inputs if the budget allows that."""
+        unusual = [one for one in self.tried if one not in self._usual]
+        known = max((len(one.errors) for one in unusual), default=0)
+        ranked = self._ranked([one for one in unusual if len(one.errors) == known])
+        seen: Counter[KeySteps] = Counter()
+        first: list[Candidate] = []
+        later: list[Candidate] = []
+        for one in ranked:
+            (first if seen[one.keys] < MOST_ALIKE else later).append(one)
+            seen[one.keys] += 1
+        others = first + later
+        self._run(self._usual, self._num_inputs)
         missing = self._num_inputs - known
         if missing:
             others = others[: max(1, int(self._trials.affordable(shared=False) / missing))]
         self._run(others, self._num_inputs)
-        self.finalists = [one for one in self._plain if one.errors] or self._plain[:1]
-        # Where none could run on every input, the best is held against the plain ways on those that it has seen.
+        self.finalists = [one for one in self._usual if one.errors] or self._usual[:1]
+        # Where none could run on every input, the best is held against the usual ways on those that it has seen.
         self.finalists += [one for one in others if len(one.errors) == self._num_inputs] or others[:1]
         return self._least(self.finalists)
 
-    def _first_inputs(self) -> int:
+    def _drop_hopeless(self) -> None:
+        """Usual ways that are far behind on the first inputs are not run on all."""
+        known = self._run(self._usual, min(LOOK, self._num_inputs))
+        if self._num_inputs > LOOK and len(known) == len(self._usual) and self._expects:
+            least = min(self._value(one, LOOK) for one in known)
+            self._usual = [one for one in known if self._value(one, LOOK) <= HOPELESS * least]
+
+    def _first_inputs(self, field: Sequence[Candidate]) -> int:
         """On how many inputs the first round runs."""
-        fit = self._spendable() * FIRST / max(1, len(self._field()))
+        foretold = self._expects and any(one.expected is not None for one in field)
+        number = min(len(field), FEWEST_FIRST) if foretold else len(field)
+        fit = self._spendable() * FIRST / max(1, number)
         return max(1, min(int(fit), math.ceil(self._num_inputs / 2), MOST_FIRST_INPUTS))
 
     def _field(self) -> list[Candidate]:
@@ -133,11 +163,11 @@ class Contest:
 
     @property
     def _missing(self) -> int:
-        """Runs of the plain ways, which run on all inputs, that are still to come."""
-        return sum(self._num_inputs - len(one.errors) for one in self._plain)
+        """Runs of the usual ways, which run on all inputs, that are still to come."""
+        return sum(self._num_inputs - len(one.errors) for one in self._usual)
 
     def _spendable(self) -> float:
-        """How many runs the plain ways leave over."""
+        """How many runs the usual ways leave over."""
         return self._trials.affordable(self._missing)
 
     def _within(self, share: float, inputs: int) -> int:
@@ -146,7 +176,7 @@ class Contest:
 
     def _run(self, candidates: Sequence[Candidate], inputs: int) -> list[Candidate]:
         """Runs the candidates on the first so many inputs; those that have run on all of these."""
-        beside = 0 if candidates is self._plain else self._missing
+        beside = 0 if candidates is self._usual else self._missing
         for number in range(inputs):
             if candidates and not self._trials.run(candidates, number, beside):
                 break
@@ -154,16 +184,26 @@ class Contest:
         return [one for one in candidates if len(one.errors) >= inputs]
 
     def _ranked(self, candidates: Sequence[Candidate]) -> list[Candidate]:
-        """The best first, on the inputs that all of them have run on; equal ones as they come."""
+        """The best first, by the inputs that all of them have run on and what to expect; equal ones as they come."""
         count = min((len(one.errors) for one in candidates), default=0)
-        return sorted(candidates, key=lambda one: self._value(one, count))
+        return sorted(candidates, key=lambda one: self._score(one, count))
+
+    def _score(self, candidate: Candidate, count: int) -> float:
+        """Its error on so many inputs, drawn towards what is to be expected: a few inputs show few bad cases."""
+        expected = self._foretold(candidate)
+        return float(self._value(candidate, count) * expected ** min(1.0, EXPECTED / max(count, 1)))
+
+    def _foretold(self, candidate: Candidate) -> float:
+        return candidate.expected if self._expects and candidate.expected is not None else 1.0
 
     def _value(self, candidate: Candidate, count: int) -> float:
-        return self._average([candidate.errors[number] for number in range(count)]) if count else 0.0
+        return self._average([candidate.errors[number] for number in range(count)]) if count else 1.0
 
     def _least(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The best; of those as good the simplest, which comes first."""
-        ranked = self._ranked(candidates)
+        """The best that is not worse than a plain way; of those as good the simplest, which comes first."""
         count = min(len(one.errors) for one in candidates)
-        least = self._value(ranked[0], count)
-        return next(one for one in candidates if self._value(one, count) <= least + TIE * abs(least))
+        plain = [self._value(one, count) for one in candidates if one.is_plain]
+        limit = min(plain, default=math.inf)
+        able = [one for one in candidates if self._value(one, count) <= limit + TIE * abs(limit)]
+        least = min(self._score(one, count) for one in able)
+        return next(one for one in able if self._score(one, count) <= least + TIE * abs(least))

@@ -3,7 +3,8 @@
 import base64
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from dpcache.measure.calibration import Calibration
 from dpcache.measure.calibration_file import TENSORS, Facts
 from dpcache.measure.measuring import TRIAL_SEED, device_of, from_run
 from dpcache.measure.recording import RecordedRun, record
+from dpcache.measure.sensitivity import measure, ratios
 from dpcache.plan.schedule import Boundary
 from dpcache.run.denoisers import find_denoisers, identify
 from dpcache.run.inputs import quiet, seeded
@@ -24,7 +26,7 @@ from .objectives import Objective, Output
 from .sharing import Spans
 
 #: Of the inputs, the share that plans are made from; candidates are judged on the others.
-PLANNED_SHARE = 0.4
+PLANNED_SHARE = 1 / 3
 #: Of plans that are made from full runs, the highest order of the prediction.
 _ORDER = 2
 
@@ -129,6 +131,19 @@ def recorded(pipeline: Any, draw: Draw, boundary: Boundary, objective: Objective
     spans = tuple(sorted({(min(steps), max(steps)) for steps in run.values.values()}))
     kept = (run.samples if len(run.samples) == run.num_steps else {}) if samples else None
     return FullRun(objective.output(run.output), calibration, run.num_steps, run.sigmas, spans, kept)
+
+
+def probed(pipeline: Any, draw: Draw, probes: int) -> dict[str, float]:
+    """What an error at so many steps does to the outcome, for a journal (see `sensitivity.measure`)."""
+    found = measure(pipeline, partial(seeded, pipeline, draw.call, draw.seed), probes=probes)
+    return {str(step): moved for step, moved in found.items()}
+
+
+def with_probes(run: FullRun, found: Mapping[str, float]) -> FullRun:
+    """The run whose calibration knows what `probed` found."""
+    assert run.calibration is not None
+    known = ratios({int(step): moved for step, moved in found.items()}, run.calibration.influence[0])
+    return replace(run, calibration=replace(run.calibration, probes=known[None]))
 
 
 def plain(pipeline: Any, draw: Draw, objective: Objective, **other: Any) -> FullRun:

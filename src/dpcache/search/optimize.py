@@ -19,6 +19,7 @@ from dpcache.files.journal import Journal, digest
 from dpcache.measure.arguments import checked_calls, checked_seed
 from dpcache.measure.calibration import Calibration
 from dpcache.measure.fingerprint import fingerprint
+from dpcache.measure.sensitivity import probing_calls
 from dpcache.measure.trials import average_error
 from dpcache.plan.planner import checked_budget
 from dpcache.plan.schedule import Boundary, Schedule
@@ -30,16 +31,20 @@ from dpcache.run.pipelines import require_disabled
 from .budget import Budget, duration, parsed
 from .candidates import Candidate, Candidates
 from .contest import Contest
-from .full_runs import Draw, FullRun, dealt, plain, recorded
+from .full_runs import Draw, FullRun, dealt, plain, probed, recorded, with_probes
 from .hops import fitted, steps_to_fit
 from .objectives import Metric, Objective, ObjectiveName
 from .sharing import SharedRuns, Sharing, Spans, begins_late, steps_to_compute, turns
 
 #: Of the budget, the share that goes to full runs; and how many they are.
-FULL_SHARE = 0.25
+FULL_SHARE = 0.3
 FEWEST_FULL, MOST_FULL = 4, 32
 #: With a tiny budget they take no more than this.
 MOST_FULL_SHARE = 0.5
+#: Of the budget, the share that may go to measuring what an error at a step does to the outcome: on so many inputs, at
+#: so many steps.
+PROBING_SHARE = 0.25
+MOST_PROBED, PROBES = 2, 8
 #: On so many inputs the sampler's own K steps are measured, at most.
 FEWER_STEPS_INPUTS = 4
 #: Coefficients are fitted on so many inputs, at most.
@@ -73,16 +78,18 @@ def optimize(
 ) -> "Schedule | dict[int, Schedule]":
     """The best schedule that a budget finds for a pipeline: candidates are run for real, and the best one is kept.
 
-    About a quarter of the budget goes to full runs, 4 to 32 of them. Plans are made from two fifths of them; the others
-    are what candidates are held against. Candidates are plans, smooth curves, even spacing and ready-made shapes, each
-    with several ways to predict. Many are run on few inputs, and ever fewer on ever more. Even spacing, the
-    smooth curve and a single plan are run on every input, so the result is never worse than these on the inputs that
-    judge. A larger budget runs more candidates on more inputs.
+    Three tenths of the budget go to full runs, 4 to 32 of them. Plans are made from a third of them; the others are
+    what candidates are held against. Where the budget allows it, it is also measured what errors at some steps do to
+    the outcome, as `calibrate` does. Candidates are plans, smooth curves, even spacing and ready-made shapes, each with
+    several ways to predict. Many are run on few inputs, and ever fewer on ever more. A few inputs show few bad cases,
+    so what a candidate's cost says to expect counts beside its errors. Even spacing, the smooth curve and a single plan
+    are run on every input, unless far behind, and the result is never worse than these on the inputs that judge. A
+    larger budget runs more candidates on more inputs.
 
     Args:
         pipeline: a diffusers pipeline.
         inputs: prompts, or dicts of arguments of the pipeline's call, as different as those to come: sixteen are good,
-            more are used with budgets above 60. The first two fifths serve for plans, the others for judging; where
+            more are used with budgets above 60. The first third serves for plans, the others for judging; where
             there are too few they are repeated with other noise.
         num_key_steps: K, the steps to compute in full. With several of them, like (9, 13, 20), a schedule for each
             comes back. They share the full runs; what is left is split in proportion to K, so that as many candidates
@@ -235,7 +242,19 @@ class _Search:
         for draw in judging:
             if draw.name not in self.full:
                 self._run_in_full(draw, partial(plain, self.pipeline, draw, self.objective))
+        self._probe(planning)
         return planning, judging
+
+    def _probe(self, planning: Sequence[Draw]) -> None:
+        """Measures what an error at a step does to the outcome, on as many inputs as the budget allows."""
+        steps = probing_calls(self.budget.num_steps, PROBES)
+        number = min(int(PROBING_SHARE * self.budget.total / self.budget.cost(steps)), MOST_PROBED)
+        for draw in planning[:number]:
+            run = self.full[draw.name]
+            if run.calibration is None or not len(run.calibration.gram):
+                break
+            found = self.counted(f"sensitivity, {draw.name}", steps, partial(probed, self.pipeline, draw, PROBES))
+            self.full[draw.name] = with_probes(run, found)
 
     def _number_of_full_runs(self) -> int:
         one = self.budget.cost(self.budget.num_steps)
@@ -295,7 +314,9 @@ class _Search:
         sharing = Sharing()
         with entered(self.pipeline, self.boundary, sharing):
             trials = _Trials(self, sharing, planning[:MOST_FITTED], judging, candidates, reserve, first.spans)
-            contest = Contest(candidates, len(judging), trials, self.objective.average)
+            contest = Contest(
+                candidates, len(judging), trials, self.objective.average, expects=not self.objective.is_metric
+            )
             best = contest.best()
         errors = list(best.errors.values())
         measured = self.objective.average(errors) if errors else None
