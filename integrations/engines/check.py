@@ -30,9 +30,9 @@ ITSELF = "dpcache itself"
 ENGINES = {
     "cache-dit-1.5.0": "cache-dit==1.5.0",
     "cache-dit-1.5.3": "cache-dit==1.5.3",
-    "sglang": "sglang==0.5.23 cache-dit==1.5.1 IPython addict aiohappyeyeballs aiohttp aiosignal compressed-tensors dill einops "
-    "frozenlist gguf loguru msgspec multidict openai partial-json-parser propcache pybase64 pyzmq sentencepiece sniffio "
-    "traitlets yarl",
+    "sglang": "sglang==0.5.23 cache-dit==1.5.1 IPython addict aiohappyeyeballs aiohttp aiosignal compressed-tensors "
+    "dill einops frozenlist gguf loguru msgspec multidict openai partial-json-parser propcache pybase64 pyzmq "
+    "sentencepiece sniffio traitlets yarl",
     "vllm-omni": "vllm-omni==0.30.0 cache-dit==1.5.0 aenum",
     "xdit": "xfuser==0.7.0 cache-dit==1.5.3 distvae einops",
 }
@@ -109,7 +109,14 @@ def measured(count: int) -> list[list[str]]:
                     engine.leave()
                     dpcache_engines.unregister()
             as_planned = "yes" if sorted(steps) == planned else f"no, {len(steps) // count}"
-            row(engine.label, k, way, as_planned, pictures, f"{np.abs(there - latents).max() / np.abs(latents).max():.1e}")
+            row(
+                engine.label,
+                k,
+                way,
+                as_planned,
+                pictures,
+                f"{np.abs(there - latents).max() / np.abs(latents).max():.1e}",
+            )
     return rows
 
 

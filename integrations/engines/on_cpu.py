@@ -132,6 +132,7 @@ class SGLang(Engine):
     def leave(self) -> None:
         if self.stage._cache_dit_enabled:
             self.stage._unmount_cache_dit()
+        _unmark()
         self.pipe = None
 
 
@@ -158,6 +159,7 @@ class VLLMOmni(Engine):
 
     def leave(self) -> None:
         self.backend.disable(self.pipe)
+        _unmark()
         self.pipe = None
 
 
@@ -180,8 +182,7 @@ class XDiT(Engine):
         envs.variables["CUDA_VERSION"] = lambda: Version("0.0")
 
     def request(self, pipe: Any, steps: int, settings: "dict[str, Any] | None" = None) -> None:
-        if self.pipe is pipe:
-            return
+        self.leave()  # another number of steps takes another start
         self.pipe = pipe
         cache, flux, distributed = self.loaded
         for name in ("get_sequence_parallel_world_size", "get_pipeline_parallel_world_size"):
@@ -193,8 +194,16 @@ class XDiT(Engine):
         )
 
     def leave(self) -> None:
-        importlib.import_module("cache_dit").disable_cache(self.pipe)
+        if self.pipe is not None:
+            importlib.import_module("cache_dit").disable_cache(self.pipe)
         self.pipe = None
+
+
+def _unmark() -> None:
+    """Cache-dit before 1.5.3 leaves a mark when it is taken off a transformer, and then fails to get on another."""
+    fake = importlib.import_module("cache_dit.caching.block_adapters").FakeDiffusionPipeline
+    if "_is_cached" in vars(fake):
+        del fake._is_cached
 
 
 def installed() -> Engine:
