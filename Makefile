@@ -34,7 +34,7 @@ oldest:  ## the core on the oldest Python, torch, diffusers and transformers tha
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . transformers \
 	  accelerate peft pytest pytest-xdist hypothesis scikit-image ftfy
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --maxprocesses 4 -p no:cacheprovider \
-	  tests/pipelines/test_table.py tests/test_planner.py tests/test_costs.py tests/test_curves.py tests/test_recipe.py \
+	  tests/pipelines/test_table.py tests/pipelines/test_since.py tests/test_planner.py tests/test_costs.py tests/test_curves.py tests/test_recipe.py \
 	  tests/test_journal.py
 
 engines: .venv/installed  ## the plug-in in cache-dit, SGLang, vLLM-Omni and xDiT, from their own wheels, on the CPU
