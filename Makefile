@@ -34,15 +34,18 @@ oldest:  ## the core on the oldest Python, torch, diffusers and transformers tha
 	.venv-oldest/bin/python -m pip install --quiet --constraint constraints-oldest.txt --editable . transformers \
 	  accelerate peft pytest pytest-xdist hypothesis scikit-image ftfy
 	OMP_NUM_THREADS=1 .venv-oldest/bin/python -m pytest --numprocesses auto --maxprocesses 4 -p no:cacheprovider \
-	  tests/pipelines/test_table.py tests/test_planner.py tests/test_costs.py tests/test_curves.py tests/test_recipe.py \
+	  tests/pipelines/test_table.py tests/pipelines/test_since.py tests/test_planner.py tests/test_costs.py tests/test_curves.py tests/test_recipe.py \
 	  tests/test_journal.py
 
-engines: .venv/installed  ## the plug-in for serving engines, in the oldest cache-dit it is for and in the newest
-	for version in 1.5.0 1.5.3; do \
-	  test -d .engines/$$version || $(BIN)/python -m pip install --quiet --no-deps --target .engines/$$version cache-dit==$$version; \
-	  PYTHONPATH=.engines/$$version OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_engines_plugin.py tests/test_export.py || exit 1; \
+engines: .venv/installed  ## the plug-in in cache-dit, SGLang, vLLM-Omni and xDiT, from their own wheels, on the CPU
+	$(BIN)/python integrations/engines/check.py --install .engines --only-install
+	for engine in .engines/*; do \
+	  PYTHONPATH=$$engine OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_engines.py || exit 1; \
 	done
-	$(BIN)/python integrations/engines/check.py --versions 1.5.0 1.5.3
+	for engine in .engines/cache-dit-*; do \
+	  PYTHONPATH=$$engine OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q tests/test_engines_plugin.py tests/test_export.py || exit 1; \
+	done
+	$(BIN)/python integrations/engines/check.py --install .engines
 
 bench: .venv/installed  ## every default at every K, and peers beside them: docs/defaults.md, benchmarks/results/peers.md; hours
 	$(BIN)/python -m benchmarks.defaults

@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from tests.pipelines import since
 from tests.pipelines.count import KEPT, class_of, classes, why_not_built
 from tests.pipelines.every import SMALL
 from tests.pipelines.following import FAILS, NOT_DESCRIBED, REFUSED, RIGHT
@@ -29,10 +30,12 @@ denoiser (or every one of its blocks) really runs exactly as often as the schedu
 equals the first, that a skipped step is what the denoiser's head makes of the predicted value, and that disabling
 brings the first bits back. In the column "plan" it was calibrated at the boundary `"output"`, and a schedule planned
 from that was followed. **Bold** ones are put through the invariants of [architecture.md](architecture.md) besides, in
-`tests/pipelines/test_table.py`. All this says nothing about the quality of pictures, which depends on weights and
-schedule.
+`tests/pipelines/test_table.py`. The column "diffusers" has the first release with the pipeline, of 0.35 to the one
+here (0.35 or before; by `python -m tests.pipelines.since`); `make oldest` tests the bold ones that 0.35 has. All this
+says nothing about the quality of pictures, which depends on weights and schedule.
 """
 
+_HEADING = '| pipeline | denoiser | diffusers | `"blocks"` | `"output"` | plan | remarks |'
 _SHOWN = {RIGHT: "right", REFUSED: "refused", NOT_DESCRIBED: "not described", FAILS: "**fails**"}
 NOT_RIGHT = {FAILS, REFUSED}
 
@@ -47,6 +50,7 @@ def render(kept: dict[str, Any]) -> str:
     rows: list[str] = []
     stubborn: list[str] = []
     refused: list[str] = []
+    releases = since.read()
     for name, found in kept["found"].items():
         if found["runs"]:
             stubborn.append(f"| {name} | does not run with small random components here |")
@@ -58,10 +62,11 @@ def render(kept: dict[str, Any]) -> str:
             continue
         shown = " | ".join(_SHOWN[verdicts[where]] for where in ("blocks", "output", "plan"))
         bold = f"**{name}**" if name in SMALL else name
-        rows.append(f"| {bold} | {found['denoiser']} | {shown} | {_remarks(name, found)} |")
+        cells = (bold, found["denoiser"], releases[class_of(name)], shown, _remarks(name, found))
+        rows.append(f"| {' | '.join(cells)} |")
     built = {class_of(name) for name in kept["found"]}
     left = [f"| {name} | {why_not_built(name, lacks)} |" for name, lacks in classes().items() if name not in built]
-    table = ['| pipeline | denoiser | `"blocks"` | `"output"` | plan | remarks |', "|---|---|---|---|---|---|", *rows]
+    table = [_HEADING, "|---|---|---|---|---|---|---|", *rows]
     parts = [HEAD, f"With diffusers {kept['diffusers']}: {_counts(kept)}\n", *table]
     why = ["| pipeline | why |", "|---|---|"]
     parts += ["\nRefused, when enabling and when calibrating:\n", *why, *refused]

@@ -111,12 +111,30 @@ def _install() -> None:
                 "a cache context does not know at which step the second one begins (Wan 2.2's two experts): serve it "
                 "without DPCACHE_SCHEDULES, or with dpcache.enable and diffusers."
             )
+        transformers = block_adapter.transformer
+        _require_the_model(transformers[0] if isinstance(transformers, list) else transformers)
         _last.update(some[-1] for some in of_transformers)
         return context_params.__func__(cls, block_adapter, **kwargs)
 
     context.Calibrator = calibrator
     context.CachedContext.__post_init__ = post_init
     adapter.CachedAdapter.modify_context_params = classmethod(modify_context_params)
+
+
+def _require_the_model(transformer: Any) -> None:
+    """Refuses schedules of other models; says it where only the configuration is another."""
+    for schedule in _schedules.values():
+        found = type(transformer).__name__
+        if not schedule.is_for(transformer):
+            raise EngineError(
+                f"{schedule.name} was made for {schedule.model}, and what is served here is {found}: give only "
+                "schedules of the model that is served."
+            )
+        if not schedule.knows(transformer):
+            _tell(
+                f"{schedule.name} was made for a {schedule.model} of another configuration than the {found} here: "
+                "either another model, or the same one loaded by another version of diffusers."
+            )
 
 
 def _follow(context: Any) -> None:

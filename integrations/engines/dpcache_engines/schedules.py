@@ -25,6 +25,8 @@ class Schedule:
         key_steps: the steps to compute.
         predictions: skipped step -> multiples of the values at key steps.
         corrections: key step -> multiples of values that are added to what it hands on.
+        model: class of the transformer it was made for; None admits any.
+        config: digest of that one's configuration; None admits every model of the class.
     """
 
     name: str
@@ -32,6 +34,8 @@ class Schedule:
     key_steps: tuple[int, ...]
     predictions: dict[int, Terms]
     corrections: dict[int, Terms]
+    model: "str | None" = None
+    config: "str | None" = None
 
     @property
     def mask(self) -> list[int]:
@@ -65,13 +69,31 @@ class Schedule:
             )
         if hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest() != digest:
             raise EngineError(f"{path} was edited after it was written: make it again with dpcache.")
+        model = document["model"] or {}
         return cls(
             Path(path).name,
             document["num_inference_steps"],
             tuple(document["key_steps"]),
             _terms(document["predictions"]),
             _terms(document["corrections"]),
+            model.get("denoiser"),
+            model.get("config"),
         )
+
+    def is_for(self, transformer: Any) -> bool:
+        """Whether it was made for a transformer of this class, or of one that this class derives from."""
+        inner = [getattr(transformer, name, transformer) for name in ("_orig_mod", "_fsdp_wrapped_module", "module")]
+        return self.model is None or any(kind.__name__ == self.model for one in inner for kind in type(one).__mro__)
+
+    def knows(self, transformer: Any) -> bool:
+        """Whether the configuration is the one it was made for; True where there is none to be read."""
+        settings = getattr(transformer, "config", None)
+        if self.config is None or not hasattr(transformer, "register_to_config"):  # not a model of diffusers
+            return True
+        left_out = "quantization_config"
+        shown = {name: value for name, value in dict(settings).items() if name[0] != "_" and name != left_out}
+        text = json.dumps(shown, sort_keys=True, default=str)
+        return hashlib.sha256(text.encode()).hexdigest()[:16] == self.config
 
 
 def _terms(found: dict[str, list[dict[str, Any]]]) -> dict[int, Terms]:
