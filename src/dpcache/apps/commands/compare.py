@@ -49,8 +49,9 @@ def compare(
     --json: model, num_inference_steps, num_inputs, report, and comparisons, a list, one for each schedule: schedule and
     calibration (the one given, or null; both null where nothing was measured), num_key_steps, key_steps, ideal_speedup
     (T / K), speedup (of median times), full_seconds and cached_seconds (medians), full_block_runs and cached_block_runs
-    (null where not known), psnr_mean, psnr_p5 and psnr_worst in dB (null: infinite, as the outputs are equal),
-    ssim_mean, and samples: input, seed, psnr, ssim.
+    (null where not known), psnr_mean, psnr_p5 and psnr_worst in dB (null: infinite, as the outputs are equal; psnr_p5,
+    the 5th percentile, also of fewer than 20 outputs), ssim_mean, flip_mean (null where flip-evaluator is not
+    installed), and samples: input, seed, psnr, ssim, flip.
     """
     if not schedule and not num_key_steps:
         raise typer.BadParameter("say what to compare with: -k 13, or a --schedule, or a --calibration with -k 13.")
@@ -118,7 +119,10 @@ def document(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> 
             "psnr_p5": c.psnr_p5,
             "psnr_worst": c.psnr_worst,
             "ssim_mean": c.ssim_mean,
-            "samples": [{"input": s.label, "seed": s.seed, "psnr": s.psnr, "ssim": s.ssim} for s in c.samples],
+            "flip_mean": c.flip_mean,
+            "samples": [
+                {"input": s.label, "seed": s.seed, "psnr": s.psnr, "ssim": s.ssim, "flip": s.flip} for s in c.samples
+            ],
         }
         for source, c in zip(sources, comparisons, strict=True)
     ]
@@ -126,15 +130,20 @@ def document(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> 
 
 def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Table:
     """A row for every schedule."""
-    headings = ("key steps", "blocks run", "speedup", "PSNR dB", "5th pct", "worst", "SSIM")
+    first = comparisons[0]
     found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     found.add_column("schedule", overflow="fold")
+    headings = ["key steps", "blocks run", "speedup", "PSNR dB", "worst", "SSIM"]
+    if first.psnr_p5 is not None:
+        headings.insert(4, "5th pct")
+    if first.flip_mean is not None:
+        headings.append("FLIP")
     for heading in headings:
         found.add_column(heading, no_wrap=True)
     short = len({source.short.name for source in sources}) == len({source.name for source in sources})
     for source, c in zip(sources, comparisons, strict=True):
         blocks = f"{c.cached_block_runs} of {c.full_block_runs}" if c.full_block_runs else "not known"
-        decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
+        decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst) if value is not None]
         found.add_row(
             escape(str(source.short if short else source)),
             f"{c.schedule.num_key_steps} of {c.schedule.num_inference_steps}",
@@ -142,6 +151,7 @@ def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Tab
             f"{c.speedup:.2f}x",
             *decibels,
             f"{c.ssim_mean:.4f}",
+            *([] if c.flip_mean is None else [f"{c.flip_mean:.4f}"]),
         )
     return found
 
