@@ -114,7 +114,11 @@ app.command(
     '`dpcache optimize tiny-flux -k 9,13 --budget "15 min" -o flux.json`'
 )(optimize)
 app.command(epilog="Example: `dpcache plan flux.safetensors -k 13 -o flux-13.json`")(plan)
-app.command(epilog='Example: `dpcache generate tiny-flux "a small red ring" -s flux-13.json -o ring.png`')(generate)
+app.command(
+    epilog='Example: `dpcache generate tiny-flux "a small red ring" -s flux-13.json -o ring.png`, '
+    '`dpcache generate black-forest-labs/FLUX.1-dev "a red ring" -k 13 --offload model --lora style.safetensors`, '
+    '`dpcache generate tiny-flux "a red ring" -k 13 --image photo.png --strength 0.6`'
+)(generate)
 app.command(epilog="Example: `dpcache compare tiny-flux --prompts prompts.txt -s flux-13.json -s flux-9.json`")(compare)
 app.command(epilog="Example: `dpcache show flux.safetensors -k 13`, `dpcache show s.json`, `dpcache show builtin`")(
     show

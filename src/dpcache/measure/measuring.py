@@ -13,7 +13,7 @@ from tqdm.auto import tqdm
 
 from dpcache.checks import one_of, whole
 from dpcache.errors import CalibrationError
-from dpcache.files.journal import Journal
+from dpcache.files.journal import Journal, digest
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.schedule import Boundary, ModelIdentity
 from dpcache.run.denoisers import find_denoisers, identify
@@ -185,11 +185,6 @@ class _One:
         """What a checkpoint keeps of the input, if it is of this one."""
         part = Calibration.load(path)
         facts = part.facts
-        if facts.calls is None:
-            raise CalibrationError(
-                f"{path} does not say of which input it is, because that input held more than text and numbers: "
-                "delete it."
-            )
         # Where the scheduler's steps could not be seen there was nothing to probe.
         probed = self.probe and len(part.gram) > 0
         same = (facts.calls, facts.boundary, facts.order) == (_as_json([self.call]), self.boundary, self.order)
@@ -297,12 +292,10 @@ def _tried_budgets(num_steps: int) -> list[int]:
     return sorted({max(2, num_steps // speedup) for speedup in TRIED_SPEEDUPS} & set(range(2, num_steps)))
 
 
-def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...] | None:
+def _as_json(calls: Sequence[dict[str, Any]]) -> tuple[dict[str, Any], ...]:
+    """The calls without their generators; of a picture or a tensor what tells it from others."""
     plain = [{name: value for name, value in call.items() if name != "generator"} for call in calls]
-    try:
-        return tuple(json.loads(json.dumps(plain)))
-    except TypeError:
-        return None
+    return tuple(json.loads(json.dumps(plain, default=lambda value: f"{type(value).__name__} {digest(value)}")))
 
 
 def device_of(pipeline: Any) -> Any:

@@ -12,6 +12,7 @@ from rich.table import Table
 from . import terminal
 from .arguments import load, read_inputs, read_settings
 from .following import Source, check, num_steps, planned, read_calibration, read_schedule
+from .loading import Loading, loads
 from .options import SCHEDULE_HELP, CalibrationName, Model, PromptFile, Prompts, Seed, Settings
 from .outputs import check_file
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dpcache.plan.schedule import Schedule
 
 
+@loads
 def compare(
     model: Model,
     prompts: Prompts = None,
@@ -41,6 +43,7 @@ def compare(
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
     seed: Seed = 0,
     settings: Settings = None,
+    loading: Loading = Loading(),
 ) -> None:
     """Draws prompts in full and with each schedule, from the same noise, and prints how they differ.
 
@@ -62,8 +65,8 @@ def compare(
     measured = read_calibration(calibration) if calibration is not None else None
     steps = steps or num_steps(fixed[0][1] if fixed else measured)
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=count)
-    arguments = read_settings(model, settings)
-    pipeline, inputs = load(model, inputs, arguments)
+    arguments = read_settings(model, settings, loading)
+    pipeline, inputs = load(model, inputs, arguments, loading)
     for source, found in fixed:
         check(pipeline, source, found)
     if num_key_steps:
