@@ -354,7 +354,7 @@ def test_help_shows_an_example(run, command):
     [
         (["c"], {"calibrate", "compare"}),
         (["generate", "tiny-f"], {"tiny-flux"}),
-        (["compare", "tiny-flux", "--sc"], {"--schedule"}),
+        (["compare", "tiny-flux", "--cal"], {"--calibration"}),
         (["plan", "c.saf"], set()),  # the shell completes files
     ],
 )

@@ -17,7 +17,7 @@ from dpcache.apps.commands.loading import Loading
 
 peft = pytest.importorskip("peft")
 RING = "a small red ring on a black background, top"
-LOADING = ("generate", "calibrate", "optimize", "compare", "ui")
+LOADING = ("generate", "calibrate", "optimize", "compare", "bench", "ui")
 OPTIONS = ("--dtype", "--device", "--offload", "--lora", "--scheduler", "--image", "--strength")
 
 

@@ -2,9 +2,8 @@
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +18,7 @@ from dpcache.run.inputs import Input, as_pictures, call_arguments, label, quiet,
 from dpcache.run.pipelines import enabled, require_disabled
 
 from .metrics import HAS_FLIP, Picture, flip, psnr, ssim
+from .ways import FULL, Held, Way, scheduled
 
 #: metric(output, reference) of two pictures, float [H, W, C] in [0, 1], or [F, H, W, C] for clips.
 Metric = Callable[[Picture, Picture], float]
@@ -185,28 +185,51 @@ def compare_all(
         with enabled(pipeline, schedule):
             pass
     full = Side(pipeline)
-    cached = [Side(pipeline, partial(enabled, schedule=schedule)) for schedule in schedules]
-    with tqdm(total=1 + len(calls) * (1 + len(cached)), desc="compare", unit="run", disable=not progress) as bar:
-        full.run(calls[0], first_seed[0])  # the first call pays for what is set up once
-        full.reset()
+    cached = [Side(pipeline, scheduled(schedule)) for schedule in schedules]
+    runs = 1 + len(calls) * (1 + len(cached))
+    with tqdm(total=runs, desc="compare", unit="run", disable=not progress) as bar:
+        full.warm_up(calls[0], first_seed[0])
         bar.update()
-        done = 0
         try:
-            for call, seed in zip(calls, first_seed, strict=True):
-                full.run(call, seed)
-                bar.update()
-                for side in cached:
-                    side.run(call, seed)
-                    side.judge(full, metrics)
-                    bar.update()
-                done += 1
-        except KeyboardInterrupt as interrupt:
-            if not done:
-                raise
-            for side in (full, *cached):
-                side.forget_after(done)
+            draw_all(full, cached, calls, first_seed, metrics, lambda side: bar.update())
+        except DrawingInterrupted as interrupt:
             raise ComparisonInterrupted(_comparisons(schedules, full, cached)) from interrupt
     return _comparisons(schedules, full, cached)
+
+
+class DrawingInterrupted(KeyboardInterrupt):
+    """Ctrl-C in `draw_all`, after the first input; the sides have what was drawn of all of them by then."""
+
+
+def draw_all(
+    full: "Side",
+    others: "Sequence[Side]",
+    calls: Sequence[Mapping[str, Any]],
+    seeds: Sequence[int],
+    metrics: Mapping[str, Metric],
+    on_run: "Callable[[Side], object]",
+) -> None:
+    """Draws every call with every side, in turns, and holds what the others draw against the full one.
+
+    Raises:
+        DrawingInterrupted: Ctrl-C after the first call.
+    """
+    done = 0
+    try:
+        for call, seed in zip(calls, seeds, strict=True):
+            full.run(call, seed)
+            on_run(full)
+            for side in others:
+                side.run(call, seed)
+                side.judge(full, metrics)
+                on_run(side)
+            done += 1
+    except KeyboardInterrupt as interrupt:
+        if not done:
+            raise
+        for side in (full, *others):
+            side.forget_after(done)
+        raise DrawingInterrupted from interrupt
 
 
 class Side:
@@ -214,21 +237,31 @@ class Side:
 
     Args:
         pipeline: what to call.
-        applied: has the pipeline run that way within a block; in full unless given.
+        way: how it runs; in full unless given.
 
     Attributes:
         seconds: of every call.
         pictures: all that were drawn.
         samples: what they are beside the full ones, where `judge` was called.
         block_runs: transformer blocks that really ran.
+        held: what its cache holds.
+        peak_bytes: of the GPU's memory, the most in use at any time; None without one.
     """
 
-    def __init__(self, pipeline: Any, applied: Callable[[Any], AbstractContextManager[Any]] = nullcontext) -> None:
-        self.pipeline, self.applied = pipeline, applied
-        self.reset()
+    def __init__(self, pipeline: Any, way: Way = FULL) -> None:
+        self.pipeline, self.way = pipeline, way
+        self.held = Held()
+        self.peak_bytes: int | None = None
+        self._reset()
 
-    def reset(self) -> None:
-        """Forgets everything."""
+    def warm_up(self, call: Mapping[str, Any], seed: int) -> float:
+        """A call that pays for what is set up once, and does not count; its seconds."""
+        self.run(call, seed)
+        (seconds,) = self.seconds
+        self._reset()
+        return seconds
+
+    def _reset(self) -> None:
         self.seconds: list[float] = []
         self.pictures: list[Picture] = []
         self.samples: list[Sample] = []
@@ -239,9 +272,11 @@ class Side:
 
     def run(self, call: Mapping[str, Any], seed: int) -> None:
         """One call of the pipeline."""
+        if self.way.steps is not None:
+            call = {**call, "num_inference_steps": self.way.steps}
         arguments = seeded(self.pipeline, call, seed)
         counted = count_block_runs(find_denoisers(self.pipeline))
-        with quiet(self.pipeline), counted as count, self.applied(self.pipeline):
+        with quiet(self.pipeline), counted as count, self.way.applied(self.pipeline), self.held.watched(self.pipeline):
             output = self._timed(arguments)
         self.block_runs += count[0]
         pictures = as_pictures(output)
@@ -263,11 +298,16 @@ class Side:
         del self.seconds[calls:], self._ends[calls:]
 
     def _timed(self, arguments: dict[str, Any]) -> Any:
+        on_gpu = torch.cuda.is_available()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
         start = time.perf_counter()
         output = self.pipeline(**arguments)
-        if torch.cuda.is_available():
+        if on_gpu:
             torch.cuda.synchronize()
         self.seconds.append(time.perf_counter() - start)
+        if on_gpu:
+            self.peak_bytes = max(self.peak_bytes or 0, torch.cuda.max_memory_allocated())
         return output
 
 

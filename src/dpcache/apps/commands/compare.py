@@ -71,7 +71,8 @@ def compare(
         check(pipeline, source, found)
     if num_key_steps:
         arguments["num_inference_steps"] = steps
-        fixed += _planned(pipeline, calibration, measured, num_key_steps, inputs[0], arguments, seed)
+        sources = [Source(calibration, budget) for budget in num_key_steps]
+        fixed += plans(pipeline, sources, measured, inputs[0], arguments, seed)
 
     from dpcache.judge.comparison import ComparisonInterrupted, compare_all
 
@@ -169,11 +170,10 @@ def _schedules(model: str, names: Sequence[str], steps: int | None) -> "list[tup
     return found
 
 
-def _planned(
+def plans(
     pipeline: Any,
-    name: str | None,
+    sources: Sequence[Source],
     calibration: "Calibration | None",
-    budgets: Sequence[int],
     first_input: Any,
     arguments: dict[str, Any],
     seed: int,
@@ -182,9 +182,8 @@ def _planned(
     from dpcache.run.inputs import call_arguments, seeded
     from dpcache.run.plans import plans_for
 
-    sources = [Source(name, budget) for budget in budgets]
     for source in sources:
         check(pipeline, source, calibration)
-    plans = [plans_for(calibration, num_key_steps=budget) for budget in budgets]
+    found = [plans_for(calibration, num_key_steps=source.num_key_steps) for source in sources]
     (call,) = call_arguments([first_input], {"output_type": "np", **arguments})
-    return list(zip(sources, planned(pipeline, plans, plans[0].boundary, seeded(pipeline, call, seed)), strict=True))
+    return list(zip(sources, planned(pipeline, found, found[0].boundary, seeded(pipeline, call, seed)), strict=True))
