@@ -128,6 +128,18 @@ def test_plan_for_a_speedup(flux):
         calibration.plan(speedup=0.5)
 
 
+def test_it_says_how_long_it_takes(flux, tmp_path, capsys):
+    def said(*prompts: str) -> list[tuple[str, str]]:
+        dpcache.calibrate(flux, prompts, checkpoint=tmp_path, **QUICK)
+        return re.findall(r"a full run takes [\d.]+ s, the (\w+) about (\d+) s", capsys.readouterr().err)
+
+    ((noun, _),) = said(PROMPT)
+    assert noun == "whole"
+    ((noun, _),) = said(PROMPT, PROMPTS[1])
+    assert noun == "rest", "one input was measured already"
+    assert said(PROMPT, PROMPTS[1]) == []
+
+
 def test_compare_counts_and_measures(flux):
     schedule = dpcache.Schedule.uniform(4, STEPS)
     arguments = {key: value for key, value in QUICK.items() if key != "num_inference_steps"}

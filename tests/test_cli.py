@@ -184,6 +184,7 @@ def test_ctrl_c_in_a_terminal_then_the_same_command_goes_on(run, tmp_path):
     out, seen = started.communicate()[0], read_all(screen)
     assert (started.returncode, out) == (130, "")
     assert "/500 [" in seen  # the bar
+    assert "calibrate: a full run takes" in seen and "the whole about" in seen
     assert "is kept in c.safetensors.partial, the same command goes on from there." in " ".join(seen.split())
     assert "Traceback" not in seen
     measured = len(list(kept.glob("input-*")))

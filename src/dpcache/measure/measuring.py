@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -16,6 +17,7 @@ from dpcache.errors import CalibrationError
 from dpcache.files.journal import Journal, digest
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.schedule import Boundary, ModelIdentity
+from dpcache.progress import say_how_long
 from dpcache.run.denoisers import find_denoisers, identify
 from dpcache.run.inputs import Input, seeded
 from dpcache.run.schedulers import prediction_type
@@ -95,8 +97,9 @@ def calibrate(
     total = len(calls) * steps + min(probed, len(calls)) * probing_calls(steps) + len(tried) * per_trial
     with tqdm(total=total, desc="calibrate", unit="step", disable=not progress) as bar:
         parts = []
+        told = _told_once(bar, steps) if progress else None
         for number, call in enumerate(calls):
-            one = _One(pipeline, call, number, seed + number, boundary, order, number < probed)
+            one = _One(pipeline, call, number, seed + number, boundary, order, number < probed, told)
             parts.append(one.measured(folder, bar.update, steps))
         found = _merged(parts)
         if tried and len(found.gram):
@@ -104,6 +107,21 @@ def calibrate(
             journal = Journal(None if folder is None else folder / "tried.jsonl", about)
             found = _tried_out(pipeline, found, tried, TRIAL_SEED + seed, journal, partial(bar.update, per_trial))
     return found
+
+
+def _told_once(bar: Any, steps: int) -> Callable[[float], None]:
+    """Says how long the rest will take, given the seconds of a full run; once."""
+    said = False
+
+    def tell(seconds: float) -> None:
+        nonlocal said
+        if not said:
+            # The run itself is on the bar already.
+            left = bar.total - bar.n + steps
+            say_how_long("calibrate", "whole" if left == bar.total else "rest", seconds, seconds * left / steps)
+        said = True
+
+    return tell
 
 
 def _check(boundary: str, order: int, sensitivity: str, seed: int) -> None:
@@ -145,6 +163,8 @@ class _One:
     boundary: Boundary
     order: int
     probe: bool
+    told: "Callable[[float], object] | None"
+    """Is given the seconds of the full run."""
 
     def measured(self, folder: Path | None, on_steps: Callable[..., object], steps: int) -> Calibration:
         """Its calibration: from the checkpoint, or by running it, and then put there."""
@@ -161,10 +181,12 @@ class _One:
         return part
 
     def _run(self, on_step: Callable[[], object]) -> Calibration:
-        pipeline = self.pipeline
+        pipeline, begun = self.pipeline, time.perf_counter()
         run = record(
             pipeline, seeded(pipeline, self.call, self.seed), boundary=self.boundary, on_step=lambda _: on_step()
         )
+        if self.told is not None:
+            self.told(time.perf_counter() - begun)
         part = from_run(
             run,
             boundary=self.boundary,
