@@ -14,6 +14,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dpcache.errors import MissingExtraError, UnknownModelError, missing_extra
+from dpcache.noise import quietly
 from dpcache.zoo import classes, clips, leaves, shapes
 
 if TYPE_CHECKING:
@@ -170,18 +171,20 @@ def load_pipeline(
     if not source.is_dir() and (model is not None or not is_repository_id):
         raise UnknownModelError(_no_such(name))
 
-    import torch
-    from diffusers import DiffusionPipeline
+    # Of a bundled model there is nothing to be told while it is loaded.
+    with quietly(*(["diffusers.pipelines", "transformers.modeling_utils"] if model is not None else [])):
+        import torch
+        from diffusers import DiffusionPipeline
 
-    if model is not None and '"transformers"' in (source / "model_index.json").read_text(encoding="utf-8"):
-        _check_transformers()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch_dtype or usual_dtype(name, device)
-    try:
-        place = str(source) if source.is_dir() else name
-        pipeline = DiffusionPipeline.from_pretrained(place, **{_dtype_argument(): dtype})
-    except OSError as error:
-        raise UnknownModelError(f"{_no_such(name)} (diffusers says: {error})") from error
+        if model is not None and '"transformers"' in (source / "model_index.json").read_text(encoding="utf-8"):
+            _check_transformers()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch_dtype or usual_dtype(name, device)
+        try:
+            place = str(source) if source.is_dir() else name
+            pipeline = DiffusionPipeline.from_pretrained(place, **{_dtype_argument(): dtype})
+        except OSError as error:
+            raise UnknownModelError(f"{_no_such(name)} (diffusers says: {error})") from error
     for attribute, value in (model.attributes if model else {}).items():
         setattr(pipeline, attribute, value)
     return pipeline.to(device)
