@@ -57,7 +57,8 @@ def calibrate(
 ) -> Calibration:
     """Runs the pipeline in full on a few inputs and measures what predicting each stretch of steps would cost.
 
-    Five inputs are enough and one is nearly enough (DPCache, arXiv 2602.22654). The pipeline is left as it was.
+    Five inputs do, and one nearly does (DPCache, arXiv 2602.22654); `optimize` makes use of sixteen. The
+    pipeline is left as it was.
 
     Args:
         pipeline: a diffusers pipeline.

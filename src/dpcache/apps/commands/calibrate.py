@@ -31,10 +31,11 @@ def calibrate(
     settings: Settings = None,
     loading: Loading = Loading(),
 ) -> None:
-    """Runs a model in full on a few prompts and writes what skipping steps would cost. Five prompts are enough.
+    """Runs a model in full on a few prompts and writes what skipping steps would cost.
 
-    After Ctrl-C the same command goes on where it was: inputs that were measured are kept in OUTPUT.partial until the
-    calibration is written.
+    Five prompts do (for `optimize` sixteen). After the first run it says how long the whole takes. After Ctrl-C the
+    same command goes on where it was: inputs that were measured are kept in OUTPUT.partial until the calibration is
+    written.
 
     --json: output, num_inputs, num_inference_steps, num_branches, boundary, denoiser, pipeline, scheduler, measured.
     """

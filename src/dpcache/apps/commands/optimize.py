@@ -41,8 +41,8 @@ def optimize(
 ) -> None:
     """The best schedule that a budget finds: runs many candidates on your prompts, ever fewer on ever more of them.
 
-    Give sixteen prompts as different as those to come; more of them cost no more. With several K, s.json becomes
-    s-9.json and s-13.json. After Ctrl-C the same command goes on where it was.
+    Give sixteen prompts as different as those to come (for `calibrate` five do): they cost no more than two. With
+    several K, s.json becomes s-9.json and s-13.json. After Ctrl-C the same command goes on where it was.
 
     --json: as `dpcache plan --json`, with the measured error in error; a list of these in schedules for several K.
     """
