@@ -154,7 +154,7 @@ def _show_calibration(name: str, calibration: "Calibration", chosen: int | None)
             ],
         },
         table,
-        _trade_off(plans, errors, steps, method, chosen),
+        *_trade_off(plans, errors, steps, method, chosen),
     )
 
 
@@ -188,15 +188,13 @@ def _bar(share: float) -> str:
 
 def _trade_off(
     plans: "dict[int, Plan]", errors: dict[int, float], steps: int, method: str, chosen: int | None
-) -> Table:
+) -> "list[Table | str]":
     """Error against speedup: a bar for every budget, on a logarithmic scale."""
     kind = "expected error" if errors else "relative error (uncalibrated)"
     shown: dict[int, Any] = errors or {
         k: plan.cost ** (0.5 if method == "sampler" else 1.0) for k, plan in plans.items()
     }
-    table = Table(
-        title=f"best single plans, {method} cost: {kind}", box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False
-    )
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
     for heading in ("", "K", "T/K", "error", "", f"computed, of {steps}"):
         table.add_column(heading, no_wrap=True)
     logs = [math.log(error) for error in shown.values()]
@@ -205,8 +203,9 @@ def _trade_off(
         figure = f"{shown[k]:.3%}" if errors else f"{shown[k]:.3g}"
         cells = ("→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, _bar(share), _short_strip(plan, steps))
         table.add_row(*cells, style="bold" if k == chosen else None)
+    found: list[Table | str] = [f"\nbest single plans by {method} cost: {kind}", table]
     if chosen in plans:
-        table.caption = f"{chosen} key steps: {listed(plans[chosen].key_steps)}"
+        found.append(f"{chosen} key steps: {listed(plans[chosen].key_steps)}")
     elif chosen is not None:
-        table.caption = f"{chosen} key steps are none of these: they are infeasible, or nothing is skipped."
-    return table
+        found.append(f"{chosen} key steps are none of these: they are infeasible, or nothing is skipped.")
+    return found
