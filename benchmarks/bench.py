@@ -1,8 +1,8 @@
 """A bundled model on which any cache can be tried: what really ran is counted, and nothing of it may stay behind."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -13,6 +13,7 @@ import torch
 import dpcache
 from benchmarks.subjects import FIRST_SEED, Pictures, Subject
 from dpcache.judge.metrics import psnr
+from dpcache.judge.ways import FULL, Way
 from dpcache.run.denoisers import find_blocks, find_denoisers
 from dpcache.zoo import Inputs
 
@@ -23,24 +24,6 @@ SEARCH_SEED = 2_000_000
 """Settings are searched on inputs of the calibration, from noise that nothing else is drawn from."""
 FINER = 8
 """So many times the steps of the full run, at least, are taken for the converged solution."""
-
-
-@dataclass
-class Setting:
-    """One way to run the pipeline.
-
-    Attributes:
-        applied: makes the pipeline run that way, and undoes it.
-        told: what a reader needs to set it up again.
-        steps: of the sampling loop, where they are fewer than those of the full run.
-    """
-
-    applied: Callable[[Any], AbstractContextManager[Any]]
-    told: dict[str, Any]
-    steps: int | None = None
-
-
-FULL = Setting(lambda pipe: nullcontext(), {})
 
 
 @dataclass
@@ -87,7 +70,7 @@ class Bench(Subject):
         self.branches = self.run(FULL, self.search_inputs[:1], 1).block_runs[0] / steps
 
     def run(
-        self, setting: Setting, inputs: Sequence[Inputs], batch: int, seed: int = FIRST_SEED, steps: int | None = None
+        self, setting: Way, inputs: Sequence[Inputs], batch: int, seed: int = FIRST_SEED, steps: int | None = None
     ) -> Outcome:
         """Draws the inputs in batches, as the setting says."""
         pictures: list[Any] = []
@@ -124,7 +107,7 @@ class Bench(Subject):
         """Mean over the calls of the pipeline, per branch."""
         return float(np.mean(outcome.block_runs)) / self.branches
 
-    def trial(self, setting: Setting, batch: int) -> tuple[float, float]:
+    def trial(self, setting: Way, batch: int) -> tuple[float, float]:
         """Full calls and mean PSNR on the inputs of the search."""
         outcome = self.run(setting, self.search_inputs, batch, SEARCH_SEED)
         values = [psnr(a, b) for a, b in zip(self.search_full.pictures, outcome.pictures, strict=True)]

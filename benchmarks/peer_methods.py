@@ -16,8 +16,9 @@ import diffusers
 from diffusers import hooks
 
 import dpcache
-from benchmarks.bench import SEARCH_SEED, Bench, Setting
+from benchmarks.bench import SEARCH_SEED, Bench
 from dpcache.integrations.cache_dit import export
+from dpcache.judge.ways import Way, diffusers_cache, fewer_steps, scheduled, taylorseers
 
 TOLERANCE = 0.5
 """Of the full calls of a setting, from those asked for."""
@@ -42,14 +43,14 @@ class Method:
     """
 
     name: str
-    search: Callable[[Bench, int], Setting]
+    search: Callable[[Bench, int], Way]
     batch: int = 16
 
 
 # ----------------------------------------------------------------------------------------------------------- searching
 
 
-def best(bench: Bench, settings: Sequence[Setting], k: int, batch: int) -> Setting:
+def best(bench: Bench, settings: Sequence[Way], k: int, batch: int) -> Way:
     """Of the settings that take k full calls, or come nearest to it, the one with the highest PSNR.
 
     On the inputs of the search, of course.
@@ -59,11 +60,9 @@ def best(bench: Bench, settings: Sequence[Setting], k: int, batch: int) -> Setti
     return max((t for t in trials if abs(t[1] - k) <= off), key=lambda trial: trial[2])[0]
 
 
-def bisected(
-    bench: Bench, name: str, make: Callable[[float], Setting], k: int, low: float, high: float, batch: int
-) -> Setting:
+def bisected(bench: Bench, name: str, make: Callable[[float], Way], k: int, low: float, high: float, batch: int) -> Way:
     """The threshold between `low` and `high` that takes k full calls: the higher, the fewer."""
-    nearest: tuple[float, Setting | None] = (math.inf, None)
+    nearest: tuple[float, Way | None] = (math.inf, None)
     for _ in range(ROUNDS):
         threshold = float(f"{math.sqrt(low * high):.3g}")
         setting = make(threshold)
@@ -82,38 +81,33 @@ def bisected(
 # -------------------------------------------------------------------------------------------------------- this library
 
 
-def scheduled(schedule: dpcache.Schedule) -> Setting:
-    told = {"key_steps": schedule.key_steps, "source": schedule.source}
-    return Setting(partial(dpcache.enabled, schedule=schedule), told)
-
-
-def selected(bench: Bench, k: int) -> Setting:
+def selected(bench: Bench, k: int) -> Way:
     return scheduled(bench.selected(k))
 
 
-def planned(bench: Bench, k: int) -> Setting:
+def planned(bench: Bench, k: int) -> Way:
     """One plan, as it comes from the calibration: nothing is run to choose or tune it."""
     return scheduled(bench.calibration.plan(k))
 
 
-def not_calibrated(bench: Bench, k: int) -> Setting:
+def not_calibrated(bench: Bench, k: int) -> Way:
     """`enable(pipe, num_key_steps=k)`: nothing is measured, nothing is run."""
     return scheduled(bench.uncalibrated(k, bench.steps))
 
 
-def papers_plan(bench: Bench, k: int) -> Setting:
+def papers_plan(bench: Bench, k: int) -> Way:
     return scheduled(bench.calibration.plan(k, recipe=dpcache.Recipe(method="paper")))
 
 
-def uniform(bench: Bench, k: int) -> Setting:
+def uniform(bench: Bench, k: int) -> Way:
     return scheduled(dpcache.Schedule.uniform(k, bench.steps))
 
 
 # ---------------------------------------------------------------------------------------------------------- fewer steps
 
 
-def fewer_steps(bench: Bench, k: int) -> Setting:
-    return Setting(lambda pipe: contextlib.nullcontext(), {"scheduler": type(bench.pipe.scheduler).__name__}, steps=k)
+def sampler_steps(bench: Bench, k: int) -> Way:
+    return fewer_steps(k, type(bench.pipe.scheduler).__name__)
 
 
 class _OwnGrid:
@@ -144,7 +138,7 @@ def solved_by(pipe: Any, scheduler: Any) -> Iterator[None]:
         pipe.scheduler = before
 
 
-def solver(bench: Bench, k: int, kind: Any) -> Setting:
+def solver(bench: Bench, k: int, kind: Any) -> Way:
     """The best of its orders and spacings of steps."""
     config = bench.pipe.scheduler.config
     if isinstance(bench.pipe.scheduler, diffusers.FlowMatchEulerDiscreteScheduler):
@@ -159,8 +153,8 @@ def solver(bench: Bench, k: int, kind: Any) -> Setting:
         ]
         make = partial(kind.from_config, config)
 
-    def setting(option: dict[str, Any]) -> Setting:
-        return Setting(lambda pipe: solved_by(pipe, make(**option)), option, steps=k)
+    def setting(option: dict[str, Any]) -> Way:
+        return Way(lambda pipe: solved_by(pipe, make(**option)), option, steps=k)
 
     return best(bench, [setting(option) for option in options], k, batch=16)
 
@@ -168,60 +162,20 @@ def solver(bench: Bench, k: int, kind: Any) -> Setting:
 # ------------------------------------------------------------------------------------------------------------ diffusers
 
 
-@contextmanager
-def diffusers_cache(pipe: Any, config: Any, apply: Callable[[Any, Any], None]) -> Iterator[None]:
-    """Through `enable_cache` where the denoiser has it, else through the function that it would call."""
-    denoiser = pipe.transformer
-    try:
-        if hasattr(denoiser, "enable_cache"):
-            denoiser.enable_cache(config)
-        else:
-            apply(denoiser, config)
-        yield
-    finally:
-        if getattr(denoiser, "is_cache_enabled", False):
-            denoiser.disable_cache()
-        for module in denoiser.modules():  # what an exception on the way has left, or `apply`, which has no reverse
-            if (registry := getattr(module, "_diffusers_hook", None)) is not None:
-                for name in list(registry.hooks):
-                    registry.remove_hook(name, recurse=False)
+def taylorseer(bench: Bench, k: int) -> Way:
+    return best(bench, taylorseers(k, bench.steps, bench.pipe.dtype), k, batch=16)
 
 
-def taylorseer(bench: Bench, k: int) -> Setting:
-    """Its lite mode, which skips whole blocks: its interval, first and last full steps, and order."""
-    steps = bench.steps
-
-    def calls(interval: int, before: int, after: int | None) -> int:
-        full = (s < before or (s - before - 1) % interval == 0 or (after or steps) <= s for s in range(steps))
-        return sum(full)
-
-    grid = itertools.product(range(2, 1 + steps // 2), (1, 2, 3, 5), (None, steps - 1))
-    shapes = sorted(grid, key=lambda shape: abs(calls(*shape) - k))
-    near = [shape for shape in shapes if calls(*shape) == calls(*shapes[0])][: CANDIDATES // 2]
-
-    def setting(interval: int, before: int, after: int | None, order: int) -> Setting:
-        told = {
-            "cache_interval": interval,
-            "disable_cache_before_step": before,
-            "disable_cache_after_step": after,
-            "max_order": order,
-        }
-        config = diffusers.TaylorSeerCacheConfig(**told, taylor_factors_dtype=bench.pipe.dtype, use_lite_mode=True)
-        return Setting(partial(diffusers_cache, config=config, apply=hooks.apply_taylorseer_cache), told)
-
-    return best(bench, [setting(*shape, order) for shape in near for order in (1, 2)], k, batch=16)
-
-
-def first_block(bench: Bench, k: int) -> Setting:
-    def setting(threshold: float) -> Setting:
+def first_block(bench: Bench, k: int) -> Way:
+    def setting(threshold: float) -> Way:
         config = diffusers.FirstBlockCacheConfig(threshold=threshold)
         apply = partial(diffusers_cache, config=config, apply=hooks.apply_first_block_cache)
-        return Setting(apply, {"threshold": threshold})
+        return Way(apply, {"threshold": threshold})
 
     return bisected(bench, "first block", setting, k, 0.005, 2.0, batch=1)
 
 
-def magcache(bench: Bench, k: int) -> Setting:
+def magcache(bench: Bench, k: int) -> Way:
     """Calibrated as its documentation says; its threshold, longest run of skipped steps and first full steps."""
     if "magcache" not in bench.tried:
         bench.tried["magcache"] = _mag_ratios(bench)
@@ -234,10 +188,10 @@ def magcache(bench: Bench, k: int) -> Setting:
     off = {shape: abs(_mag_calls(ratios, *shape) - k) for shape in shapes}
     near = [shape for shape in sorted(shapes, key=off.__getitem__) if off[shape] <= max(1, min(off.values()))]
 
-    def setting(threshold: float, longest: int, retention: float) -> Setting:
+    def setting(threshold: float, longest: int, retention: float) -> Way:
         told = {"threshold": threshold, "max_skip_steps": longest, "retention_ratio": retention}
         config = diffusers.MagCacheConfig(**told, num_inference_steps=bench.steps, mag_ratios=ratios)
-        return Setting(partial(diffusers_cache, config=config, apply=hooks.apply_mag_cache), told)
+        return Way(partial(diffusers_cache, config=config, apply=hooks.apply_mag_cache), told)
 
     return best(bench, [setting(*shape) for shape in near[:CANDIDATES]], k, batch=16)
 
@@ -245,7 +199,7 @@ def magcache(bench: Bench, k: int) -> Setting:
 def _mag_ratios(bench: Bench) -> list[float]:
     """The ratios it prints after a full run; here of one call with every input of the search."""
     config = diffusers.MagCacheConfig(calibrate=True, num_inference_steps=bench.steps)
-    calibrating = Setting(partial(diffusers_cache, config=config, apply=hooks.apply_mag_cache), {})
+    calibrating = Way(partial(diffusers_cache, config=config, apply=hooks.apply_mag_cache), {})
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         bench.run(calibrating, bench.search_inputs, len(bench.search_inputs), SEARCH_SEED)
@@ -271,9 +225,9 @@ def _mag_threshold(ratios: Sequence[float], k: int, longest: int, retention: flo
     return min(thresholds, key=lambda threshold: abs(_mag_calls(ratios, threshold, longest, retention) - k))
 
 
-def seacache(bench: Bench, k: int) -> Setting:
+def seacache(bench: Bench, k: int) -> Way:
     config = diffusers.SeaCacheConfig(threshold=1.0)
-    setting = Setting(partial(diffusers_cache, config=config, apply=hooks.apply_sea_cache), {"threshold": 1.0})
+    setting = Way(partial(diffusers_cache, config=config, apply=hooks.apply_sea_cache), {"threshold": 1.0})
     with _warnings_of("diffusers.hooks.sea_cache") as said:
         calls, _ = bench.trial(setting, batch=1)
     if calls == bench.steps:
@@ -281,7 +235,7 @@ def seacache(bench: Bench, k: int) -> Setting:
     return bisected(
         bench,
         "seacache",
-        lambda threshold: Setting(
+        lambda threshold: Way(
             partial(
                 diffusers_cache,
                 config=diffusers.SeaCacheConfig(threshold=threshold, max_consecutive_cached=0),
@@ -328,13 +282,13 @@ def cache_dit_cache(pipe: Any, config: dict[str, Any], order: int) -> Iterator[N
         cache_dit.disable_cache(pipe)
 
 
-def _cache_dit_setting(bench: Bench, told: dict[str, Any], order: int) -> Setting:
+def _cache_dit_setting(bench: Bench, told: dict[str, Any], order: int) -> Way:
     config = {"Fn_compute_blocks": 1, "Bn_compute_blocks": 0, "num_inference_steps": bench.steps, **told}
     taylor = {"taylorseer_order": order} if order else {}
-    return Setting(partial(cache_dit_cache, config=config, order=order), {"Fn_compute_blocks": 1, **told, **taylor})
+    return Way(partial(cache_dit_cache, config=config, order=order), {"Fn_compute_blocks": 1, **told, **taylor})
 
 
-def dbcache(bench: Bench, k: int, orders: Sequence[int]) -> Setting:
+def dbcache(bench: Bench, k: int, orders: Sequence[int]) -> Way:
     """Its threshold, for the best of some orders; as many full steps at the start as leave room for others."""
     warmup = 4 if k > 8 else 1
     found = [
@@ -354,7 +308,7 @@ def dbcache(bench: Bench, k: int, orders: Sequence[int]) -> Setting:
     return found[0] if len(found) == 1 else best(bench, found, k, batch=1)
 
 
-def own_mask(bench: Bench, k: int) -> Setting:
+def own_mask(bench: Bench, k: int) -> Way:
     """The one of its four masks that comes nearest, with the better order of its TaylorSeer."""
     import cache_dit
 
@@ -369,7 +323,7 @@ def own_mask(bench: Bench, k: int) -> Setting:
     return setting
 
 
-def our_mask(bench: Bench, k: int) -> Setting:
+def our_mask(bench: Bench, k: int) -> Way:
     """The key steps that this library selected."""
     schedule = bench.selected(k)
     setting = masked(bench, list(export(schedule).mask), k)
@@ -378,7 +332,7 @@ def our_mask(bench: Bench, k: int) -> Setting:
     return setting
 
 
-def masked(bench: Bench, mask: list[int], k: int) -> Setting:
+def masked(bench: Bench, mask: list[int], k: int) -> Way:
     told = {"steps_computation_mask": mask, "steps_computation_policy": "static"}
     return best(bench, [_cache_dit_setting(bench, dict(told), order) for order in (1, 2)], k, batch=16)
 
@@ -391,7 +345,7 @@ METHODS = (
     Method("dpcache, no calibration", not_calibrated),
     Method("dpcache, the paper's plan", papers_plan),
     Method("uniform interval, Taylor 2", uniform),
-    Method("fewer steps", fewer_steps),
+    Method("fewer steps", sampler_steps),
     Method("fewer steps, UniPC", partial(solver, kind=UniPC)),
     Method("fewer steps, DPM-Solver++", partial(solver, kind=DPMSolver)),
     Method("diffusers TaylorSeer", taylorseer),

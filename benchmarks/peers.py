@@ -24,10 +24,11 @@ import torch
 from tqdm.auto import tqdm
 
 from benchmarks import peers_page
-from benchmarks.bench import FULL, SEARCH_INPUTS, Bench, Outcome, Setting
+from benchmarks.bench import SEARCH_INPUTS, Bench, Outcome
 from benchmarks.peer_methods import FULL_NAME, METHODS, Method
 from benchmarks.subjects import RESULTS, STEPS, Pictures, Row, plain, rounded, scores
 from dpcache.judge.metrics import ssim
+from dpcache.judge.ways import FULL, Way
 from dpcache.zoo import BUNDLED
 
 BUDGETS = (20, 13, 9)
@@ -101,7 +102,7 @@ def _row(bench: Bench, method: Method, k: int, converged: Pictures) -> Row:
     return row
 
 
-def _told(setting: Setting) -> Row:
+def _told(setting: Way) -> Row:
     return setting.told | ({"steps": setting.steps} if setting.steps else {})
 
 

@@ -1,6 +1,7 @@
 """Calibrating, planning and comparing on the trained tiny-flux."""
 
 import re
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -127,10 +128,23 @@ def test_plan_for_a_speedup(flux):
         calibration.plan(speedup=0.5)
 
 
+def test_it_says_how_long_it_takes(flux, tmp_path, capsys):
+    def said(*prompts: str) -> list[tuple[str, str]]:
+        dpcache.calibrate(flux, prompts, checkpoint=tmp_path, **QUICK)
+        return re.findall(r"a full run takes [\d.]+ s, the (\w+) about (\d+) s", capsys.readouterr().err)
+
+    ((noun, _),) = said(PROMPT)
+    assert noun == "whole"
+    ((noun, _),) = said(PROMPT, PROMPTS[1])
+    assert noun == "rest", "one input was measured already"
+    assert said(PROMPT, PROMPTS[1]) == []
+
+
 def test_compare_counts_and_measures(flux):
     schedule = dpcache.Schedule.uniform(4, STEPS)
     arguments = {key: value for key, value in QUICK.items() if key != "num_inference_steps"}
-    found = dpcache.compare(flux, schedule, PROMPTS, seeds=[5, 6], progress=False, **arguments)
+    own = {"largest": lambda output, reference: float(np.abs(output - reference).max())}
+    found = dpcache.compare(flux, schedule, PROMPTS, seeds=[5, 6], metrics=own, progress=False, **arguments)
     blocks = len(flux.transformer.transformer_blocks) + len(flux.transformer.single_transformer_blocks)
     assert found.full_block_runs == 2 * STEPS * blocks
     assert found.cached_block_runs == 2 * 4 * blocks
@@ -138,11 +152,17 @@ def test_compare_counts_and_measures(flux):
     expected = flux(PROMPTS[1], generator=torch.Generator().manual_seed(6), **QUICK)[0][0]
     np.testing.assert_array_equal(found.samples[1].full, expected)
     assert found.samples[1].psnr == psnr(expected, found.samples[1].cached)
-    assert found.psnr_worst == min(s.psnr for s in found.samples) <= found.psnr_p5 <= found.psnr_mean
+    assert found.psnr_worst == min(s.psnr for s in found.samples) <= found.psnr_mean
+    assert found.psnr_p5 is None, "of two pictures"
+    many = replace(found, samples=found.samples * 10)
+    assert found.psnr_worst <= many.psnr_p5 <= found.psnr_mean
+    largest = [float(np.abs(s.cached - s.full).max()) for s in found.samples]
+    assert [s.metrics["largest"] for s in found.samples] == largest
+    assert found.metric_means == {"largest": pytest.approx(np.mean(largest))}
     assert len(found.full_seconds) == len(found.cached_seconds) == 2
     assert found.speedup > 1
     identical = dpcache.compare(flux, dpcache.Schedule.uniform(STEPS, STEPS), PROMPTS[:1], progress=False, **arguments)
-    assert identical.psnr_mean == identical.psnr_p5 == np.inf
+    assert identical.psnr_mean == np.inf and identical.flip_mean in (0, None)
     with pytest.raises(ValueError, match="2 inputs but 1 seeds"):
         dpcache.compare(flux, schedule, PROMPTS, seeds=[1], progress=False, **arguments)
 

@@ -19,6 +19,7 @@ from PIL import Image
 import dpcache
 from dpcache.apps import cli
 from dpcache.measure.fingerprint import fingerprint
+from dpcache.plan.schedule import listed
 
 STEPS = "12"
 RING = "a small red ring on a black background, top"
@@ -78,7 +79,7 @@ def test_calibrate_plan_generate_compare_show(run):
     assert "5 of 12 steps in full" in out
     code, out, _ = run("show", "c.safetensors", "-s", "s.json")
     assert code == 0
-    assert "FluxTransformer2DModel" in out and f"5 key steps: {' '.join(map(str, schedule.key_steps))}" in out
+    assert "FluxTransformer2DModel" in out and f"5 key steps: {listed(schedule.key_steps)}" in out
     (chosen,) = [line for line in out.splitlines() if "→" in line]
     assert " 5 " in chosen and "2.40" in chosen
     Path("prompts.txt").write_text("a small red ring\n\na large blue star\n")
@@ -148,6 +149,22 @@ def test_prompts_in_lines_of_json(run, ask):
         assert code == 2 and "takes no argument 'promt': did you mean prompt" in err
 
 
+def test_plans_can_be_told_apart_at_60_columns(run, monkeypatch):
+    assert run("calibrate", "tiny-flux", RING, "-o", "c.safetensors", "-t", "50")[0] == 0
+    monkeypatch.setenv("COLUMNS", "60")
+    code, out, _ = run("show", "c.safetensors", "-k", "13")
+    assert code == 0
+    assert "…" not in out and max(map(len, out.splitlines())) <= 60
+    rows = [line.replace("→", "").split() for line in out.splitlines() if "·" in line]
+    assert [int(row[0]) for row in rows] == list(range(1, 26))
+    strips = [row[-1] for row in rows]
+    assert len(set(strips)) == 25 == len(strips[0])
+    count = {"█": 2, "▌": 1, "▐": 1, "·": 0}
+    assert [sum(count[cell] for cell in strip) for strip in strips] == list(range(1, 26))
+    code, out, _ = run("plan", "c.safetensors", "-k", "50")
+    assert code == 0 and "50 of 50 steps in full (0 to 49)" in out
+
+
 def test_measured_calibration_goes_on_and_tells_errors(run):
     command = ("calibrate", "tiny-flux", RING, "-t", STEPS, "--sensitivity", "measured", "--checkpoint", "kept")
     assert run(*command, "-o", "one.safetensors")[0] == 0
@@ -184,6 +201,7 @@ def test_ctrl_c_in_a_terminal_then_the_same_command_goes_on(run, tmp_path):
     out, seen = started.communicate()[0], read_all(screen)
     assert (started.returncode, out) == (130, "")
     assert "/500 [" in seen  # the bar
+    assert "calibrate: a full run takes" in seen and "the whole about" in seen
     assert "is kept in c.safetensors.partial, the same command goes on from there." in " ".join(seen.split())
     assert "Traceback" not in seen
     measured = len(list(kept.glob("input-*")))
@@ -354,7 +372,7 @@ def test_help_shows_an_example(run, command):
     [
         (["c"], {"calibrate", "compare"}),
         (["generate", "tiny-f"], {"tiny-flux"}),
-        (["compare", "tiny-flux", "--sc"], {"--schedule"}),
+        (["compare", "tiny-flux", "--cal"], {"--calibration"}),
         (["plan", "c.saf"], set()),  # the shell completes files
     ],
 )

@@ -1,4 +1,4 @@
-"""PSNR and SSIM against scikit-image."""
+"""PSNR and SSIM against scikit-image, FLIP against its authors' program."""
 
 import math
 
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from dpcache.judge.metrics import psnr, ssim
+from dpcache.judge.metrics import flip, psnr, ssim
 
 
 @pytest.fixture
@@ -37,6 +37,20 @@ def test_equal_pictures_and_clips(pair):
     assert math.isnan(psnr(a, a * np.float32("nan")))
     assert ssim(a, a) == pytest.approx(1)
     assert ssim(np.stack([a, a]), np.stack([a, b])) == pytest.approx((1 + ssim(a, b)) / 2)
+
+
+def test_flip(pair):
+    flip_evaluator = pytest.importorskip("flip_evaluator")
+    a, b = pair
+    assert flip(a, b) == pytest.approx(flip_evaluator.evaluate(a, b, "LDR")[1])
+    assert flip(a, a) == 0 < flip(a, b) < 1
+    assert flip(np.stack([a, a]), np.stack([a, b])) == pytest.approx(flip(a, b) / 2)
+    assert math.isnan(flip(a, a * np.float32("nan")))
+    grey = a[..., :1]
+    assert flip(grey, b[..., :1]) == pytest.approx(flip(np.repeat(grey, 3, -1), np.repeat(b[..., :1], 3, -1)))
+    assert flip(np.concatenate([a, grey], -1), np.concatenate([b, grey], -1)) == flip(a, b)
+    with pytest.raises(ValueError, match="one shape"):
+        flip(a, b[:20])
 
 
 def test_integers_are_refused(pair):

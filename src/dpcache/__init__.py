@@ -9,6 +9,8 @@ with dpcache.enabled(pipe, schedule):
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from .noise import quietly
+
 if TYPE_CHECKING:
     from .errors import (
         CacheStateError,
@@ -128,7 +130,8 @@ def __getattr__(name: str) -> Any:
     if name not in _HOME:
         instead = "; use dpcache.optimize(pipe, inputs, num_key_steps=13, budget=60)" if name == "select" else ""
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}{instead}")
-    home = importlib.import_module(f".{_HOME[name]}", __name__)
+    with quietly():
+        home = importlib.import_module(f".{_HOME[name]}", __name__)
     value = getattr(home, name, home)  # `dpcache.plan` is a package that can be called
     globals()[name] = value
     return value

@@ -157,7 +157,7 @@ def wan_2_1() -> Built:
     keys=(0, 1, 4, 5),
     order=1,
     switch=4,
-    note="After the switch to `transformer_2` the schedule begins anew, key steps in a row first.",
+    note="After the switch to `transformer_2` the schedule starts over, key steps in a row first.",
 )
 def wan_2_2() -> Built:
     second = wan()

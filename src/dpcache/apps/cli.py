@@ -17,6 +17,7 @@ except ImportError as error:
     raise SystemExit(f"error: {missing_extra('the command line', error, 'dpcache[cli]')}") from error
 
 from .commands import terminal
+from .commands.bench import bench
 from .commands.calibrate import calibrate
 from .commands.compare import compare
 from .commands.demo import demo
@@ -114,8 +115,16 @@ app.command(
     '`dpcache optimize tiny-flux -k 9,13 --budget "15 min" -o flux.json`'
 )(optimize)
 app.command(epilog="Example: `dpcache plan flux.safetensors -k 13 -o flux-13.json`")(plan)
-app.command(epilog='Example: `dpcache generate tiny-flux "a small red ring" -s flux-13.json -o ring.png`')(generate)
+app.command(
+    epilog='Example: `dpcache generate tiny-flux "a small red ring" -s flux-13.json -o ring.png`, '
+    '`dpcache generate black-forest-labs/FLUX.1-dev "a red ring" -k 13 --offload model --lora style.safetensors`, '
+    '`dpcache generate tiny-flux "a red ring" -k 13 --image photo.png --strength 0.6`'
+)(generate)
 app.command(epilog="Example: `dpcache compare tiny-flux --prompts prompts.txt -s flux-13.json -s flux-9.json`")(compare)
+app.command(
+    epilog="Example: `dpcache bench black-forest-labs/FLUX.1-dev -k 13 --count 8`, "
+    "`dpcache bench tiny-flux -s flux-13.json -o flux.json`"
+)(bench)
 app.command(epilog="Example: `dpcache show flux.safetensors -k 13`, `dpcache show s.json`, `dpcache show builtin`")(
     show
 )

@@ -113,7 +113,7 @@ class Calibration(HubFile):
         """float64 [T]: how far the sample moves per unit of error in what the scheduler receives at a step.
 
         Args:
-            measured: how much of the measured sensitivity to believe (see `Recipe`).
+            measured: weight of the measured sensitivity, 0 to 1 (see `Recipe`).
 
         Raises:
             CalibrationError: the scheduler's steps could not be seen, or the sensitivity was not measured.

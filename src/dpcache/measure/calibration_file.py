@@ -50,7 +50,8 @@ class Facts(BaseModel):
     num_inputs: int = Field(ge=1, description="Inputs run.")
     num_branches: int = Field(ge=1, description="Denoiser calls per step.")
     calls: tuple[dict[str, Any], ...] | None = Field(
-        description="Arguments of every call, the generator aside; None if there are some that JSON cannot hold."
+        description="Arguments of every call, the generator aside, a digest of what JSON cannot hold; None of loops "
+        "without a pipeline."
     )
 
     @model_validator(mode="after")

@@ -26,7 +26,7 @@ class Recipe:
         order: of the prediction, 0 or more: one less than the number of key steps it uses. Higher orders follow curves
             more closely, magnify rounding and noise, and hold one more value in memory each. None: that of the
             calibration, where the predictor is named.
-        measured: how much of the measured sensitivity to believe, 0 to 1. At 0 an error counts as far as the scheduler
+        measured: weight of the measured sensitivity, 0 to 1. At 0 an error counts as far as the scheduler
             moves on it in that step; at 1 as far as the final sample was measured to move; between, the weighted
             geometric mean. Above 0 it needs a calibration with `sensitivity="measured"`. None: 0.5 where that was
             measured, else 0.

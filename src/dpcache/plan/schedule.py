@@ -1,6 +1,7 @@
 """Schedule: which steps are computed in full, and how every other step is predicted. A validated JSON file."""
 
 import hashlib
+import itertools
 import json
 import operator
 import os
@@ -378,8 +379,16 @@ class Schedule(HubFile, BaseModel):
         return f"Schedule({', '.join(parts)})"
 
     def __str__(self) -> str:
-        steps = ", ".join(str(step) for step in self.key_steps)
-        return f"{len(self.key_steps)} of {self.num_inference_steps} steps in full ({steps})"
+        return f"{len(self.key_steps)} of {self.num_inference_steps} steps in full ({listed(self.key_steps)})"
+
+
+def listed(steps: Sequence[int]) -> str:
+    """Steps for people: those in a row by the first and the last of them, like "0 to 3, 7, 12"."""
+    found: list[str] = []
+    for _, row in itertools.groupby(enumerate(steps), key=lambda pair: pair[1] - pair[0]):
+        numbers = [step for _, step in row]
+        found += [f"{numbers[0]} to {numbers[-1]}"] if len(numbers) > 2 else map(str, numbers)
+    return ", ".join(found)
 
 
 def _whole_key_steps(key_steps: Sequence[int]) -> tuple[int, ...]:

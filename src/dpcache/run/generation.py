@@ -83,7 +83,7 @@ class Generation:
             step: 0 to T - 1, never less than in the call before.
             branch: which of the step's calls this is.
             like: what a cached value has to have in common with it, a shape for example. A branch that differs in this
-                from its last call begins anew, as does one that missed a key step it would be predicted from.
+                from its last call starts over, as does one that missed a key step it would be predicted from.
 
         Raises:
             ValueError: the step lies before the last one.

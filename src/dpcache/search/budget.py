@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from dpcache.checks import number
+from dpcache.progress import duration
 
 _SECONDS = {"s": 1, "sec": 1, "second": 1, "min": 60, "m": 60, "minute": 60, "h": 3600, "hour": 3600}
 
@@ -100,10 +101,3 @@ class Budget:
         if self.is_time:
             return f"{duration(self.spent())} of {duration(self.total)}"
         return f"{self.spent():.1f} of {self.total:g} full runs"
-
-
-def duration(seconds: float) -> str:
-    """In words, about."""
-    if seconds < 100:
-        return f"{seconds:.0f} s"
-    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"

@@ -1,7 +1,6 @@
 """`optimize()`: the best schedule that a budget finds, among candidates of every kind that are run for real."""
 
 import os
-import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,12 +22,13 @@ from dpcache.measure.sensitivity import probing_calls
 from dpcache.measure.trials import average_error
 from dpcache.plan.planner import checked_budget
 from dpcache.plan.schedule import Boundary, Schedule
+from dpcache.progress import say_how_long
 from dpcache.run.denoisers import find_denoisers, identify
 from dpcache.run.entry import entered
 from dpcache.run.inputs import Input, seeded
 from dpcache.run.pipelines import require_disabled
 
-from .budget import Budget, duration, parsed
+from .budget import Budget, parsed
 from .candidates import Candidate, Candidates
 from .contest import Contest
 from .full_runs import Draw, FullRun, dealt, plain, probed, recorded, with_probes
@@ -265,7 +265,7 @@ class _Search:
     def _say_how_long(self) -> None:
         one = self.budget.cost(self.budget.num_steps) if self.budget.is_time else self.budget.seconds_per_full_run()
         long = self.budget.total if self.budget.is_time else one * self.budget.total
-        tqdm.write(f"optimize: a full run takes {one:.2g} s, the search about {duration(long)}.", file=sys.stderr)
+        say_how_long("optimize", "search", one, long)
 
     def _record(self, draw: Draw) -> None:
         if draw.name not in self.full:

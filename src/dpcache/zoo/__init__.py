@@ -14,13 +14,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from dpcache.errors import MissingExtraError, UnknownModelError, missing_extra
+from dpcache.noise import quietly
 from dpcache.zoo import classes, clips, leaves, shapes
 
 if TYPE_CHECKING:
     import torch
     from diffusers import DiffusionPipeline
 
-__all__ = ["BUNDLED", "BundledModel", "UnknownModelError", "load_pipeline"]
+__all__ = ["BUNDLED", "BundledModel", "UnknownModelError", "load_pipeline", "usual_dtype"]
 
 Inputs = str | dict[str, Any]
 """What varies from one call of a pipeline to the next: a prompt, or keyword arguments."""
@@ -156,7 +157,7 @@ def load_pipeline(
 
     Args:
         name_or_path: a key of `BUNDLED`, a directory in diffusers format, or the id of a Hugging Face repository.
-        torch_dtype: of the weights; unless given, float32 for bundled models and on the CPU, bfloat16 on CUDA.
+        torch_dtype: of the weights; unless given, float32 for bundled models and on the CPU, bfloat16 on a GPU.
         device: where to put it; CUDA where available, else the CPU, unless given.
 
     Raises:
@@ -170,22 +171,31 @@ def load_pipeline(
     if not source.is_dir() and (model is not None or not is_repository_id):
         raise UnknownModelError(_no_such(name))
 
-    import torch
-    from diffusers import DiffusionPipeline
+    # Of a bundled model there is nothing to be told while it is loaded.
+    with quietly(*(["diffusers.pipelines", "transformers.modeling_utils"] if model is not None else [])):
+        import torch
+        from diffusers import DiffusionPipeline
 
-    if model is not None and '"transformers"' in (source / "model_index.json").read_text(encoding="utf-8"):
-        _check_transformers()
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    on_gpu = torch.device(device).type == "cuda"
-    dtype = torch_dtype or (torch.bfloat16 if on_gpu and model is None else torch.float32)
-    try:
-        place = str(source) if source.is_dir() else name
-        pipeline = DiffusionPipeline.from_pretrained(place, **{_dtype_argument(): dtype})
-    except OSError as error:
-        raise UnknownModelError(f"{_no_such(name)} (diffusers says: {error})") from error
+        if model is not None and '"transformers"' in (source / "model_index.json").read_text(encoding="utf-8"):
+            _check_transformers()
+        device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        dtype = torch_dtype or usual_dtype(name, device)
+        try:
+            place = str(source) if source.is_dir() else name
+            pipeline = DiffusionPipeline.from_pretrained(place, **{_dtype_argument(): dtype})
+        except OSError as error:
+            raise UnknownModelError(f"{_no_such(name)} (diffusers says: {error})") from error
     for attribute, value in (model.attributes if model else {}).items():
         setattr(pipeline, attribute, value)
     return pipeline.to(device)
+
+
+def usual_dtype(name: str, device: "str | torch.device") -> "torch.dtype":
+    """What `load_pipeline` takes unless told otherwise: float32 for bundled models and on the CPU, else bfloat16."""
+    import torch
+
+    on_cpu = torch.device(device).type == "cpu"
+    return torch.float32 if on_cpu or name in BUNDLED else torch.bfloat16
 
 
 def _dtype_argument() -> str:

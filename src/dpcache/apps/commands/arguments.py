@@ -12,6 +12,7 @@ from typing import Any
 import typer
 
 from . import terminal
+from .loading import Loading
 
 #: Arguments of a call that --set must not touch, and what does that instead.
 _TAKEN = {
@@ -21,6 +22,8 @@ _TAKEN = {
     "generator": "use --seed",
     "output_type": "the command chooses it",
     "return_dict": "the command chooses it",
+    "image": "use --image",
+    "strength": "use --strength",
 }
 
 
@@ -71,11 +74,12 @@ def read_inputs(
     return list(bundled.held_out_inputs(count) if held_out else bundled.calibration_inputs(count))
 
 
-def read_settings(model: str, settings: Sequence[str] | None) -> dict[str, Any]:
-    """Arguments of the pipeline's call: a bundled model's own, then those of --set.
+def read_settings(model: str, settings: Sequence[str] | None, loading: Loading) -> dict[str, Any]:
+    """Arguments of the pipeline's call: a bundled model's own, a picture to begin with, then those of --set.
 
     Raises:
-        typer.BadParameter: one is not NAME=VALUE, or is not for --set.
+        typer.BadParameter: one is not NAME=VALUE, or is not for --set; or there is something about the picture.
+        OSError: the picture cannot be read.
     """
     from dpcache.zoo import BUNDLED
 
@@ -87,25 +91,27 @@ def read_settings(model: str, settings: Sequence[str] | None) -> dict[str, Any]:
         if name in _TAKEN:
             raise typer.BadParameter(f"{name} cannot be given with --set: {_TAKEN[name]}.")
         arguments[name] = _value(text)
-    return arguments
+    return arguments | loading.call_arguments()
 
 
-def load(model: str, inputs: Sequence[Any], arguments: Mapping[str, Any]) -> tuple[Any, list[Any]]:
+def load(model: str, inputs: Sequence[Any], arguments: Mapping[str, Any], loading: Loading) -> tuple[Any, list[Any]]:
     """The pipeline, and the inputs as it takes them.
 
     Raises:
         UnknownModelError: there is no such model.
-        typer.BadParameter: its call does not take one of the arguments, or an input.
+        typer.BadParameter: it cannot be loaded that way, or its call does not take one of the arguments, or an input.
+        FileNotFoundError, HubError: there is no such LoRA.
     """
-    from dpcache.zoo import BUNDLED, load_pipeline
+    from dpcache.zoo import BUNDLED
 
     check_name(model)
+    loading.check()
     if model in BUNDLED:
         settle_small_model()
     elif not terminal.progress():
         _no_loading_bars()
     terminal.note(f"loading {model}")
-    pipeline = load_pipeline(model)
+    pipeline = loading.pipeline(model)
     terminal.listen()
     _check_arguments(pipeline, arguments, hidden=_TAKEN)
     _check_arguments(pipeline, {name for item in inputs if isinstance(item, Mapping) for name in item})

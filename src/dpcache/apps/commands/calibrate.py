@@ -8,10 +8,12 @@ import typer
 
 from . import terminal
 from .arguments import load, read_inputs, read_settings
+from .loading import Loading, loads
 from .options import Boundary, Checkpoint, Model, Output, PromptFile, Prompts, Restart, Seed, Settings, Steps
 from .outputs import check_file, check_folder
 
 
+@loads
 def calibrate(
     model: Model,
     prompts: Prompts = None,
@@ -27,11 +29,13 @@ def calibrate(
     checkpoint: Checkpoint = None,
     restart: Restart = False,
     settings: Settings = None,
+    loading: Loading = Loading(),
 ) -> None:
-    """Runs a model in full on a few prompts and writes what skipping steps would cost. Five prompts are enough.
+    """Runs a model in full on a few prompts and writes what skipping steps would cost.
 
-    After Ctrl-C the same command goes on where it was: inputs that were measured are kept in OUTPUT.partial until the
-    calibration is written.
+    Five prompts do (for `optimize` sixteen). After the first run it says how long the whole takes. After Ctrl-C the
+    same command goes on where it was: inputs that were measured are kept in OUTPUT.partial until the calibration is
+    written.
 
     --json: output, num_inputs, num_inference_steps, num_branches, boundary, denoiser, pipeline, scheduler, measured.
     """
@@ -39,10 +43,10 @@ def calibrate(
         raise typer.BadParameter(f"--order {order} needs more than {order} --steps, got {steps}.")
     check_file(output, "calibration", [".safetensors"])
     inputs = read_inputs(model, prompts, prompt_file, held_out=False, count=5)
-    arguments = read_settings(model, settings)
+    arguments = read_settings(model, settings, loading)
     if checkpoint is not None:
         check_folder(checkpoint)
-    pipeline, inputs = load(model, inputs, arguments)
+    pipeline, inputs = load(model, inputs, arguments, loading)
 
     from dpcache.measure.fingerprint import fingerprint
     from dpcache.measure.measuring import calibrate as run

@@ -12,6 +12,7 @@ from rich.table import Table
 from . import terminal
 from .arguments import load, read_inputs, read_settings
 from .following import Source, check, num_steps, planned, read_calibration, read_schedule
+from .loading import Loading, loads
 from .options import SCHEDULE_HELP, CalibrationName, Model, PromptFile, Prompts, Seed, Settings
 from .outputs import check_file
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from dpcache.plan.schedule import Schedule
 
 
+@loads
 def compare(
     model: Model,
     prompts: Prompts = None,
@@ -41,6 +43,7 @@ def compare(
     report: Annotated[Path | None, typer.Option(help="Write an HTML report here.")] = None,
     seed: Seed = 0,
     settings: Settings = None,
+    loading: Loading = Loading(),
 ) -> None:
     """Draws prompts in full and with each schedule, from the same noise, and prints how they differ.
 
@@ -49,8 +52,9 @@ def compare(
     --json: model, num_inference_steps, num_inputs, report, and comparisons, a list, one for each schedule: schedule and
     calibration (the one given, or null; both null where nothing was measured), num_key_steps, key_steps, ideal_speedup
     (T / K), speedup (of median times), full_seconds and cached_seconds (medians), full_block_runs and cached_block_runs
-    (null where not known), psnr_mean, psnr_p5 and psnr_worst in dB (null: infinite, as the outputs are equal),
-    ssim_mean, and samples: input, seed, psnr, ssim.
+    (null where not known), psnr_mean, psnr_p5 and psnr_worst in dB (null: infinite, as the outputs are equal; psnr_p5,
+    the 5th percentile, also of fewer than 20 outputs), ssim_mean, flip_mean (null where flip-evaluator is not
+    installed), and samples: input, seed, psnr, ssim, flip.
     """
     if not schedule and not num_key_steps:
         raise typer.BadParameter("say what to compare with: -k 13, or a --schedule, or a --calibration with -k 13.")
@@ -61,13 +65,14 @@ def compare(
     measured = read_calibration(calibration) if calibration is not None else None
     steps = steps or num_steps(fixed[0][1] if fixed else measured)
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=count)
-    arguments = read_settings(model, settings)
-    pipeline, inputs = load(model, inputs, arguments)
+    arguments = read_settings(model, settings, loading)
+    pipeline, inputs = load(model, inputs, arguments, loading)
     for source, found in fixed:
         check(pipeline, source, found)
     if num_key_steps:
         arguments["num_inference_steps"] = steps
-        fixed += _planned(pipeline, calibration, measured, num_key_steps, inputs[0], arguments, seed)
+        sources = [Source(calibration, budget) for budget in num_key_steps]
+        fixed += plans(pipeline, sources, measured, inputs[0], arguments, seed)
 
     from dpcache.judge.comparison import ComparisonInterrupted, compare_all
 
@@ -118,7 +123,10 @@ def document(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> 
             "psnr_p5": c.psnr_p5,
             "psnr_worst": c.psnr_worst,
             "ssim_mean": c.ssim_mean,
-            "samples": [{"input": s.label, "seed": s.seed, "psnr": s.psnr, "ssim": s.ssim} for s in c.samples],
+            "flip_mean": c.flip_mean,
+            "samples": [
+                {"input": s.label, "seed": s.seed, "psnr": s.psnr, "ssim": s.ssim, "flip": s.flip} for s in c.samples
+            ],
         }
         for source, c in zip(sources, comparisons, strict=True)
     ]
@@ -126,15 +134,20 @@ def document(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> 
 
 def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Table:
     """A row for every schedule."""
-    headings = ("key steps", "blocks run", "speedup", "PSNR dB", "5th pct", "worst", "SSIM")
+    first = comparisons[0]
     found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     found.add_column("schedule", overflow="fold")
+    headings = ["key steps", "blocks run", "speedup", "PSNR dB", "worst", "SSIM"]
+    if first.psnr_p5 is not None:
+        headings.insert(4, "5th pct")
+    if first.flip_mean is not None:
+        headings.append("FLIP")
     for heading in headings:
         found.add_column(heading, no_wrap=True)
     short = len({source.short.name for source in sources}) == len({source.name for source in sources})
     for source, c in zip(sources, comparisons, strict=True):
         blocks = f"{c.cached_block_runs} of {c.full_block_runs}" if c.full_block_runs else "not known"
-        decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst)]
+        decibels = [f"{value:.1f}" for value in (c.psnr_mean, c.psnr_p5, c.psnr_worst) if value is not None]
         found.add_row(
             escape(str(source.short if short else source)),
             f"{c.schedule.num_key_steps} of {c.schedule.num_inference_steps}",
@@ -142,6 +155,7 @@ def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Tab
             f"{c.speedup:.2f}x",
             *decibels,
             f"{c.ssim_mean:.4f}",
+            *([] if c.flip_mean is None else [f"{c.flip_mean:.4f}"]),
         )
     return found
 
@@ -156,11 +170,10 @@ def _schedules(model: str, names: Sequence[str], steps: int | None) -> "list[tup
     return found
 
 
-def _planned(
+def plans(
     pipeline: Any,
-    name: str | None,
+    sources: Sequence[Source],
     calibration: "Calibration | None",
-    budgets: Sequence[int],
     first_input: Any,
     arguments: dict[str, Any],
     seed: int,
@@ -169,9 +182,8 @@ def _planned(
     from dpcache.run.inputs import call_arguments, seeded
     from dpcache.run.plans import plans_for
 
-    sources = [Source(name, budget) for budget in budgets]
     for source in sources:
         check(pipeline, source, calibration)
-    plans = [plans_for(calibration, num_key_steps=budget) for budget in budgets]
+    found = [plans_for(calibration, num_key_steps=source.num_key_steps) for source in sources]
     (call,) = call_arguments([first_input], {"output_type": "np", **arguments})
-    return list(zip(sources, planned(pipeline, plans, plans[0].boundary, seeded(pipeline, call, seed)), strict=True))
+    return list(zip(sources, planned(pipeline, found, found[0].boundary, seeded(pipeline, call, seed)), strict=True))

@@ -64,8 +64,8 @@ def read_schedule(name: str, steps: int | None = None, *, model: str | None = No
 
     if is_calibration(name):
         raise typer.BadParameter(
-            f"{name} is no schedule but a calibration by its name: give it as --calibration {name} -k 13, or plan from "
-            f"it with `dpcache plan {name} -k 13`."
+            f"{name} looks like a calibration, not a schedule: give it as --calibration {name} -k 13, or plan from it "
+            f"with `dpcache plan {name} -k 13`."
         )
     schedule = schedule_from(name, model)
     if steps is not None and steps != schedule.num_inference_steps:

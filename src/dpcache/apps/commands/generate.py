@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from dpcache.files.journal import digest
 from dpcache.files.prompts import JSON_LINES
 
 from . import terminal
@@ -13,6 +14,7 @@ from .arguments import check_name, load, read_inputs, read_settings
 from .drawing import draw
 from .following import Source, follow, num_steps, read_calibration, read_schedule
 from .generate_ray import generate_on_ray
+from .loading import Loading, loads
 from .options import SCHEDULE_HELP, CalibrationName, Model, Output, PromptFile, Prompts, Seed, Settings
 from .outputs import check_file, check_folder
 
@@ -24,6 +26,7 @@ PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".gif")
 CLIPS = (".png", ".webp", ".gif")
 
 
+@loads
 def generate(
     model: Model,
     prompts: Prompts = None,
@@ -40,6 +43,7 @@ def generate(
     ] = None,
     seed: Seed = 0,
     settings: Settings = None,
+    loading: Loading = Loading(),
     ray: Annotated[
         str | None,
         typer.Option(
@@ -70,7 +74,13 @@ def generate(
     if ray is not None:
         if calibration is not None or num_key_steps is not None:
             raise typer.BadParameter("--ray takes a --schedule: plan one with `dpcache plan CALIBRATION -k 13`.")
-        call = {**read_settings(model, settings), **({"num_inference_steps": steps} if steps else {})}
+        if loading != Loading():
+            raise typer.BadParameter(
+                "--ray loads the model as it comes: leave out "
+                f"{', '.join(f'--{name}' for name, value in vars(loading).items() if value is not None)}, or call "
+                "dpcache.integrations.ray.generate with a function that loads it."
+            )
+        call = {**read_settings(model, settings, loading), **({"num_inference_steps": steps} if steps else {})}
         generate_on_ray(
             model,
             _for_ray(model, prompts, prompt_file, output),
@@ -90,8 +100,8 @@ def generate(
     check_file(output, "picture", PICTURES)
     followed = _followed(model, schedule, calibration, num_key_steps, steps)
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=1, seed=seed)
-    arguments = read_settings(model, settings)
-    pipeline, inputs = load(model, inputs, arguments)
+    arguments = read_settings(model, settings, loading)
+    pipeline, inputs = load(model, inputs, arguments, loading)
     if output.suffix.lower() not in CLIPS and "num_frames" in inspect.signature(type(pipeline).__call__).parameters:
         raise typer.BadParameter(
             f"{type(pipeline).__name__} draws clips, which {output.suffix} cannot hold: call it "
@@ -101,7 +111,8 @@ def generate(
         follow(pipeline, *followed)
     arguments["num_inference_steps"] = steps or (num_steps(followed[1]) if followed is not None else 50)
     told = _told_apart(followed)
-    pictures = draw(pipeline, inputs, {"output_type": "np", **arguments}, output, seed=seed, model=model, followed=told)
+    name = " ".join([model, *([digest(facts)] if (facts := loading.facts()) else [])])
+    pictures = draw(pipeline, inputs, {"output_type": "np", **arguments}, output, seed=seed, model=name, followed=told)
     terminal.result(
         {
             "model": model,

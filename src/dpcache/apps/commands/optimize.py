@@ -8,11 +8,13 @@ import typer
 
 from . import terminal
 from .arguments import load, read_inputs, read_settings
+from .loading import Loading, loads
 from .options import Boundary, Checkpoint, Model, Output, PromptFile, Prompts, Restart, Seed, Settings
 from .outputs import check_file, check_folder
 from .plan import document
 
 
+@loads
 def optimize(
     model: Model,
     prompts: Prompts = None,
@@ -35,11 +37,12 @@ def optimize(
     checkpoint: Checkpoint = None,
     restart: Restart = False,
     settings: Settings = None,
+    loading: Loading = Loading(),
 ) -> None:
     """The best schedule that a budget finds: runs many candidates on your prompts, ever fewer on ever more of them.
 
-    Give sixteen prompts as different as those to come; more of them cost no more. With several K, s.json becomes
-    s-9.json and s-13.json. After Ctrl-C the same command goes on where it was.
+    Give sixteen prompts as different as those to come (for `calibrate` five do): they cost no more than two. With
+    several K, s.json becomes s-9.json and s-13.json. After Ctrl-C the same command goes on where it was.
 
     --json: as `dpcache plan --json`, with the measured error in error; a list of these in schedules for several K.
     """
@@ -48,10 +51,10 @@ def optimize(
     outputs = {k: output if len(wanted) == 1 else output.with_stem(f"{output.stem}-{k}") for k in wanted}
     _check_budget(budget)
     inputs = read_inputs(model, prompts, prompt_file, held_out=False, count=16)
-    arguments = read_settings(model, settings)
+    arguments = read_settings(model, settings, loading)
     if checkpoint is not None:
         check_folder(checkpoint)
-    pipeline, inputs = load(model, inputs, arguments)
+    pipeline, inputs = load(model, inputs, arguments, loading)
 
     from dpcache.measure.fingerprint import fingerprint
     from dpcache.search.optimize import optimize as run

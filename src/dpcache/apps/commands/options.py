@@ -54,5 +54,5 @@ Checkpoint = Annotated[
         help="A directory that keeps what is measured, and stays. Unless given OUTPUT.partial, removed in the end."
     ),
 ]
-Restart = Annotated[bool, typer.Option("--restart", help="Measure anew what an interrupted run has kept.")]
+Restart = Annotated[bool, typer.Option("--restart", help="Start over, whatever an interrupted run has kept.")]
 Output = Annotated[Path, typer.Option("--output", "-o", help="What to write.")]

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Collection
-from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +11,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from dpcache.plan.recipe import Recipe
+from dpcache.plan.schedule import listed
 
 from . import terminal
 from .following import is_calibration, read_calibration, read_schedule
@@ -154,7 +154,7 @@ def _show_calibration(name: str, calibration: "Calibration", chosen: int | None)
             ],
         },
         table,
-        _trade_off(plans, errors, steps, method, chosen),
+        *_trade_off(plans, errors, steps, method, chosen),
     )
 
 
@@ -165,43 +165,47 @@ def _errors(calibration: "Calibration", plans: "dict[int, Plan]") -> dict[int, f
     return {k: calibration.expected_error(calibration.schedule(plan.key_steps)) for k, plan in plans.items()}
 
 
-#: Of `_short_strip`, the characters at most: with the numbers beside it that is a terminal of 60 columns.
-_STRIP = 25
+#: Cells of `_short_strip` and of a bar, at most: with the numbers beside them that is a terminal of 60 columns.
+_STRIP, _BAR = 25, 6
 
 
 def _short_strip(plan: "Plan", steps: int) -> str:
-    """The loop from left to right, darker where more of its steps are computed."""
-    cells = min(steps, _STRIP)
-    edges = [round(cell * steps / cells) for cell in range(cells + 1)]
-    shares = [sum(first <= key < end for key in plan.key_steps) / (end - first) for first, end in pairwise(edges)]
-    return "".join("·░▒▓█"[math.ceil(4 * share)] for share in shares)
+    """The loop from left to right: two steps a cell, or, of many, darker where more of them are computed."""
+    width = max(2, math.ceil(steps / _STRIP))
+    cells = [
+        [step in plan.key_steps for step in range(first, min(first + width, steps))] for first in range(0, steps, width)
+    ]
+    if width == 2:
+        return "".join("·▌▐█"[sum(1 << place for place, key in enumerate(cell) if key)] for cell in cells)
+    return "".join("·░▒▓█"[math.ceil(4 * sum(cell) / len(cell))] for cell in cells)
+
+
+def _bar(share: float) -> str:
+    """So much of a bar, to an eighth of a cell."""
+    eighths = 1 + round(share * (8 * _BAR - 1))
+    return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
 def _trade_off(
     plans: "dict[int, Plan]", errors: dict[int, float], steps: int, method: str, chosen: int | None
-) -> Table:
+) -> "list[Table | str]":
     """Error against speedup: a bar for every budget, on a logarithmic scale."""
     kind = "expected error" if errors else "relative error (uncalibrated)"
     shown: dict[int, Any] = errors or {
         k: plan.cost ** (0.5 if method == "sampler" else 1.0) for k, plan in plans.items()
     }
-    table = Table(title=f"best single plans, {method} cost", box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    # Numbers are never cut; what is drawn gives way on a narrow terminal.
-    for heading, width in (("", 1), ("K", 2), ("T/K", 5), (kind, 11)):
-        table.add_column(heading, min_width=width)
-    table.add_column("", no_wrap=True, max_width=12, overflow="crop")
-    table.add_column(f"computed, of {steps}", no_wrap=True, overflow="crop")
+    table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), show_edge=False)
+    for heading in ("", "K", "T/K", "error", "", f"computed, of {steps}"):
+        table.add_column(heading, no_wrap=True)
     logs = [math.log(error) for error in shown.values()]
     for k, plan in plans.items():
         share = (math.log(shown[k]) - min(logs)) / ((max(logs) - min(logs)) or 1.0)
         figure = f"{shown[k]:.3%}" if errors else f"{shown[k]:.3g}"
-        bar = "█" * (1 + round(11 * share))
-        style = "bold" if k == chosen else None
-        table.add_row(
-            "→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, bar, _short_strip(plan, steps), style=style
-        )
+        cells = ("→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, _bar(share), _short_strip(plan, steps))
+        table.add_row(*cells, style="bold" if k == chosen else None)
+    found: list[Table | str] = [f"\nbest single plans by {method} cost: {kind}", table]
     if chosen in plans:
-        table.caption = f"{chosen} key steps: {' '.join(map(str, plans[chosen].key_steps))}"
+        found.append(f"{chosen} key steps: {listed(plans[chosen].key_steps)}")
     elif chosen is not None:
-        table.caption = f"{chosen} key steps are none of these: they are infeasible, or nothing is skipped."
-    return table
+        found.append(f"{chosen} key steps are none of these: they are infeasible, or nothing is skipped.")
+    return found

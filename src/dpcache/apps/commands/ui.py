@@ -9,9 +9,11 @@ import typer
 from . import terminal
 from .arguments import load, read_inputs, read_settings
 from .following import read_calibration
+from .loading import Loading, loads
 from .options import CALIBRATION_HELP, KeySteps, Model, PromptFile, Prompts, Settings
 
 
+@loads
 def ui(
     model: Model,
     prompts: Prompts = None,
@@ -29,6 +31,7 @@ def ui(
     port: Annotated[int | None, typer.Option(help="Port to listen on [a free one from 7860].")] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
     settings: Settings = None,
+    loading: Loading = Loading(),
 ) -> None:
     """Opens a page that draws prompts in full and cached, side by side, with times, for any number of key steps.
 
@@ -41,8 +44,8 @@ def ui(
 
     found = read_calibration(calibration) if calibration is not None else None
     inputs = read_inputs(model, prompts, prompt_file, held_out=found is not None, count=2)
-    arguments = read_settings(model, settings)
-    pipeline, inputs = load(model, inputs, arguments)
+    arguments = read_settings(model, settings, loading)
+    pipeline, inputs = load(model, inputs, arguments, loading)
     if found is None:
         from dpcache.measure.measuring import calibrate
 

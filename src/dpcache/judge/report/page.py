@@ -49,6 +49,7 @@ class Row:
     psnr_p5: str = ""
     psnr_worst: str = ""
     ssim: str = ""
+    flip: str = ""
 
 
 @dataclass(frozen=True)
@@ -241,9 +242,10 @@ def _row(name: str, comparison: Comparison) -> Row:
         blocks_note=f"of {all_runs:,} ({runs / all_runs:.0%})" if all_runs else "",
         psnr_mean=psnr_mean,
         psnr_note=psnr_note,
-        psnr_p5=decibels(comparison.psnr_p5),
+        psnr_p5="" if comparison.psnr_p5 is None else decibels(comparison.psnr_p5),
         psnr_worst=decibels(comparison.psnr_worst),
         ssim=f"{comparison.ssim_mean:.3f}",
+        flip="" if comparison.flip_mean is None else f"{comparison.flip_mean:.3f}",
     )
 
 
