@@ -17,6 +17,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
             "patch_size": 2,
             "qkv_bias": True,
             "guidance_embed": True,
+            "txt_ids_dims": [],
         },
         (16, 8, 8),
     ),
@@ -189,13 +191,20 @@ class Family:
         import comfy.model_patcher
         import comfy.supported_models
         import torch
+        from comfy.ldm.flux.model import FluxParams
 
         kind, config, self.shape = FAMILIES[name]
+        if name == "flux":  # later releases know more of it
+            known = {"image_model", *(field.name for field in fields(FluxParams))}
+            config = {key: value for key, value in config.items() if key in known}
         torch.manual_seed(0)
         supported = getattr(comfy.supported_models, kind)({**config, "dtype": torch.float32})
         inner = supported.get_model({}, device="cpu")
-        for parameter_name, parameter in inner.diffusion_model.named_parameters():
-            parameter.data.normal_(1.0 if "norm" in parameter_name and parameter.ndim == 1 else 0.0, 0.15)
+        network = inner.diffusion_model
+        # A checkpoint would fill these buffers, too; ComfyUI leaves in them whatever the memory held.
+        filled = [pair for pair in network.named_buffers() if pair[0] == "pos_embed"]
+        for tensor_name, tensor in [*network.named_parameters(), *filled]:
+            tensor.data.normal_(1.0 if "norm" in tensor_name and tensor.ndim == 1 else 0.0, 0.15)
         cpu = torch.device("cpu")
         self.name, self.inner = name, inner.eval()
         self.model = comfy.model_patcher.ModelPatcher(self.inner, load_device=cpu, offload_device=cpu)
