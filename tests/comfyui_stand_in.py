@@ -71,6 +71,7 @@ class ModelPatcher:
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.wrappers: dict[str, dict[str, list[Callable[..., Any]]]] = {}
         self.object_patches: dict[str, Any] = {}
+        self.backup: dict[str, Any] = {}
         #: Elements of a batch that fit; ComfyUI asks the device.
         self.free_memory: float = 1e9
 
@@ -79,6 +80,7 @@ class ModelPatcher:
         other.model_options = copy_nested_dicts(self.model_options)
         other.wrappers = copy_nested_dicts(self.wrappers)
         other.object_patches = dict(self.object_patches)
+        other.backup = self.backup
         other.free_memory = self.free_memory
         return other
 

@@ -623,6 +623,33 @@ def test_a_model_that_predicts_noise(tmp_path: Path) -> None:
     assert error < (even - expected).norm() / expected.norm()
 
 
+def test_other_weights_are_told(studio: Studio, schedule: Any, calibration_path: Path, tmp_path: Path) -> None:
+    """A finetune of the same network: followed with a warning, but never measured into the same file."""
+    pipe = dpcache.load_pipeline("tiny-flux", device="cpu")
+    network = FluxNetwork(pipe.transformer)
+    inner = comfy.BaseModel(network, studio.model.model.model_sampling, studio.model.model.model_config.unet_config)
+    assert identity(comfy.ModelPatcher(inner)) == identity(studio.model) == schedule.model
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.001)
+    finetune = comfy.ModelPatcher(inner)
+    assert identity(finetune).config == identity(studio.model).config
+    with one_warning("made with other weights"):
+        studio.draw(apply(finetune, schedule))
+    assert network.calls == KEYS
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(calibration_path.read_bytes())
+    with pytest.raises(CalibrationError, match="other weights"):
+        studio.draw(calibrate(finetune, path))
+    # What LoRA has been added to, ComfyUI keeps as it was before.
+    name, parameter = next(iter(sorted(network.named_parameters())))
+    lora, base = comfy.ModelPatcher(inner), identity(finetune)
+    lora.backup = {f"diffusion_model.{name}": types.SimpleNamespace(weight=parameter.detach().clone())}
+    with torch.no_grad():
+        parameter.add_(1)
+    assert identity(lora) == base != identity(finetune)
+
+
 @pytest.fixture
 def nodes(monkeypatch: Any, tmp_path: Path) -> Any:
     """Loaded as ComfyUI loads a folder of custom_nodes, with a folder of the user's from extra_model_paths.yaml."""

@@ -275,9 +275,7 @@ class Family:
 
 @contextmanager
 def told() -> Iterator[list[str]]:
-    """What DPCache says meanwhile: in the log, and as warnings."""
-    import warnings
-
+    """What dpcache says in the log meanwhile."""
     said: list[str] = []
 
     class Keep(logging.Handler):
@@ -285,17 +283,13 @@ def told() -> Iterator[list[str]]:
             said.append(record.getMessage())
 
     log, handler = logging.getLogger("dpcache"), Keep()
-    level = log.level
     log.addHandler(handler)
     log.setLevel(logging.INFO)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        try:
-            yield said
-        finally:
-            log.removeHandler(handler)
-            log.setLevel(level)
-            said.extend(str(warning.message) for warning in caught)
+    log.propagate = False
+    try:
+        yield said
+    finally:
+        log.removeHandler(handler)
 
 
 def one_drawing(family: Family, sampler: str, guidance: float) -> tuple[str, bool]:

@@ -10,8 +10,6 @@ What is cached is (x - denoised) / sigma, the derivative that samplers step alon
 flow or noise, and as good for every other. Which evaluation is which step is known before the first: see `rehearsal`.
 """
 
-import hashlib
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -20,12 +18,12 @@ from typing import Any
 
 from dpcache.errors import CacheStateError, CalibrationError, DPCacheError, ScheduleMismatchError
 from dpcache.measure.calibration import Calibration
-from dpcache.plan.grids import FLOW
 from dpcache.plan.matching import part_by_levels
 from dpcache.plan.schedule import ModelIdentity, Schedule
 from dpcache.run.plans import Plans, plans_for
 
 from .calibration_file import CalibrationFile
+from .models import identity, prediction, predicts
 from .rehearsal import Rehearsal, rehearse
 from .runs import Following, Recording, Running
 from .voice import Node, Voice
@@ -36,8 +34,6 @@ KEY = "dpcache"
 """Of the wrappers, and of the running state in `transformer_options`."""
 #: The values of ComfyUI's `WrappersMP`.
 _RUN, _EVALUATION, _NETWORK = "sampler_sample", "predict_noise", "apply_model"
-#: In a model's configuration, what says nothing of the network.
-_NOT_OF_THE_NETWORK = ("dtype", "disable_unet_model_creation")
 
 _OTHER_SAMPLER = "Use a sampler of one evaluation a step, for example euler."
 
@@ -65,8 +61,7 @@ def apply(model: Any, schedule: Schedule, node: Node | None = None) -> Any:
             f'the schedule caches "{schedule.boundary}", but ComfyUI shows no more than the model\'s output: calibrate '
             "with the DPCache Calibrate node."
         )
-    _require_same(model, schedule.model, "schedule")
-    return _following(model, partial(_of_schedule, schedule), node)
+    return _following(model, "schedule", schedule.model, partial(_of_schedule, schedule), node)
 
 
 def plan_and_apply(
@@ -86,14 +81,14 @@ def plan_and_apply(
         CacheStateError: as `apply`.
         ValueError: fewer than one key step.
     """
-    if calibration is not None:
-        if calibration.facts.boundary != "output":
-            raise ScheduleMismatchError(
-                f"the calibration is of {calibration.facts.pipeline} at the boundary "
-                f'"{calibration.facts.boundary}": make one with the DPCache Calibrate node.'
-            )
-        _require_same(model, calibration.facts.model, "calibration")
-    return _following(model, partial(_of_plans, plans_for(calibration, num_key_steps=num_key_steps)), node)
+    if calibration is not None and calibration.facts.boundary != "output":
+        raise ScheduleMismatchError(
+            f'the calibration is of {calibration.facts.pipeline} at the boundary "{calibration.facts.boundary}": make '
+            "one with the DPCache Calibrate node."
+        )
+    made_for = calibration.facts.model if calibration is not None else None
+    plans = plans_for(calibration, num_key_steps=num_key_steps)
+    return _following(model, "calibration", made_for, partial(_of_plans, plans), node)
 
 
 def calibrate(
@@ -136,23 +131,6 @@ def calibrate(
     return _wrapped(model, partial(_record, file, Voice(node)))
 
 
-def identity(model: Any) -> ModelIdentity:
-    """What tells one MODEL from another: ComfyUI's class for it, and a digest of its network's configuration.
-
-    What it predicts (noise, flow, v, ...) is part of that, as nodes may have patched it.
-    """
-    inner = model.model
-    config = getattr(getattr(inner, "model_config", None), "unet_config", None) or {}
-    told = {name: value for name, value in config.items() if name not in _NOT_OF_THE_NETWORK}
-    text = json.dumps([told, _predicts(model)], sort_keys=True, default=str)
-    return ModelIdentity(denoiser=type(inner).__name__, config=hashlib.sha256(text.encode()).hexdigest()[:16])
-
-
-def prediction(model: Any) -> str:
-    """What the model's noise levels are: shares of noise (flow matching), or ratios of noise to signal."""
-    return FLOW if "CONST" in _kinds(model) else "epsilon"
-
-
 def sampler_name(sampler: Any) -> str:
     """The name of a SAMPLER, as ComfyUI lists it where it does."""
     return str(getattr(getattr(sampler, "sampler_function", sampler), "__name__", type(sampler).__name__)).removeprefix(
@@ -172,28 +150,18 @@ def part(schedule: Schedule, levels: Sequence[float]) -> Schedule | None:
     return part_by_levels(schedule, levels)
 
 
-def _kinds(model: Any) -> list[str]:
-    return [kind.__name__ for kind in type(model.get_model_object("model_sampling")).__mro__]
-
-
-def _predicts(model: Any) -> str:
-    """The class that turns the network's output into a picture: EPS, CONST, V_PREDICTION, ..."""
-    kinds = type(model.get_model_object("model_sampling")).__mro__
-    return next((kind.__name__ for kind in kinds if "calculate_denoised" in vars(kind)), kinds[0].__name__)
-
-
-def _require_same(model: Any, made_for: ModelIdentity | None, what: str) -> None:
+def _following(model: Any, what: str, made_for: ModelIdentity | None, plan: Plan, node: Node | None) -> Any:
     known = identity(model)
     if made_for is not None and not made_for.admits(known):
         raise ScheduleMismatchError(
             f"the {what} was made for {made_for.denoiser} (configuration {made_for.config}), this MODEL is "
-            f"{known.denoiser} (configuration {known.config}, prediction {_predicts(model)}): calibrate it with the "
+            f"{known.denoiser} (configuration {known.config}, prediction {predicts(model)}): calibrate it with the "
             "DPCache Calibrate node."
         )
-
-
-def _following(model: Any, plan: Plan, node: Node | None) -> Any:
-    return _wrapped(model, partial(_follow, plan, Voice(node)))
+    doubt = None
+    if made_for is not None and not made_for.is_same(known):
+        doubt = f"the {what} was made with other weights: key steps may be badly placed. Calibrate this model."
+    return _wrapped(model, partial(_follow, plan, Voice(node), doubt))
 
 
 def _wrapped(model: Any, run: Callable[..., Any]) -> Any:
@@ -234,6 +202,7 @@ def _span(sigmas: Sequence[float] | None) -> str:
 def _follow(
     plan: Plan,
     voice: Voice,
+    doubt: str | None,
     executor: Any,
     guider: Any,
     sigmas: Any,
@@ -246,6 +215,8 @@ def _follow(
 ) -> Any:
     voice.begin()
     _refuse_other_caches(extra_args)
+    if doubt:
+        voice.warn(doubt)
     plays = rehearse(executor.class_obj, guider, sigmas, extra_args.get("seed"), noise, latent_image)
     followed = None
     if plays.obstacle:

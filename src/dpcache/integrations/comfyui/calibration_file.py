@@ -87,19 +87,19 @@ class CalibrationFile:
         if self._starts_over and self.path.exists():
             self.path.replace(self.path.with_name(f"{self.path.name}.old"))
         known = Calibration.load(self.path) if self.path.exists() else None
-        order = min(_ORDER if self.order is None else self.order, run.num_steps - 1)
+        order, model = min(_ORDER if self.order is None else self.order, run.num_steps - 1), self.model
         if known is not None:
             assert run.sigmas is not None
             self._check_same(known.facts, run.sigmas, sampler)
-            # Levels of another device may differ in the last digit.
-            run, order = replace(run, sigmas=known.facts.sigmas), known.facts.order
+            # Levels of another device may differ in the last digit, and weights not be known.
+            run, order, model = replace(run, sigmas=known.facts.sigmas), known.facts.order, known.facts.model
         if len(run.received) < run.num_steps:
             raise CalibrationError("what the sampler was given was not seen at every step: sample with another guider.")
         added = from_run(
             run,
             boundary="output",
             order=order,
-            model=self.model,
+            model=model,
             pipeline=_PIPELINE,
             scheduler=sampler,
             prediction=self.prediction,
@@ -125,7 +125,7 @@ class CalibrationFile:
         pairs = zip(known, levels, strict=False)
         if facts.pipeline != _PIPELINE:
             wrong = f"was calibrated with {facts.pipeline}, not in ComfyUI"
-        elif facts.model != self.model:
+        elif not facts.model.is_same(self.model):
             wrong = f"holds runs of another model, {facts.model.denoiser} with other weights or another configuration"
         elif facts.prediction != self.prediction:
             wrong = f"holds runs of a model of {facts.prediction}, this one is of {self.prediction}"
