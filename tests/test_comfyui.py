@@ -259,6 +259,34 @@ def test_what_a_sampler_does_is_known_before_the_first_call(studio: Studio) -> N
     assert torch.rand(2)[1] == after
 
 
+def test_what_a_rehearsal_cannot_follow_is_computed_in_full(studio: Studio, schedule: Any) -> None:
+    """A sampler that never ends without the model, one that raises, two steps at one level; and several GPUs."""
+
+    def sample_when_it_moves(model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None) -> Any:
+        while not model(x, sigmas[:1].expand(len(x)), **extra_args).any():
+            pass
+        return comfy.sample_euler(model, x, sigmas, extra_args, callback)
+
+    def sample_large(model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None) -> Any:
+        assert x.shape[-1] > 1, "no room"
+        return comfy.sample_euler(model, x, sigmas, extra_args, callback)
+
+    twice = torch.tensor([1.0, 0.7, 0.7, 0.4, 0.0])
+    apart = apply(studio.model, schedule)
+    apart.model_options["multigpu_clones"] = {}
+    tried = {
+        "did not end": (apply(studio.model, schedule), {"sampler": sample_when_it_moves}),
+        "no room": (apply(studio.model, schedule), {"sampler": sample_large}),
+        "at one noise level": (apply(studio.model, plain((0, 2), steps=4)), {"sigmas": twice}),
+        "several GPUs": (apart, {}),
+    }
+    for text, (applied, more) in tried.items():
+        with one_warning(text):
+            assert torch.equal(studio.draw(applied, **more), studio.draw(**more))
+    none_at_all = studio.sigmas()[-1:]
+    assert torch.equal(studio.draw(apply(studio.model, schedule), sigmas=none_at_all), studio.draw(sigmas=none_at_all))
+
+
 def test_a_sampler_may_move_its_levels_a_little(studio: Studio) -> None:
     """ComfyUI moves the first level of flow matching off 1 for samplers that take its logarithm."""
     sigmas, smooth = studio.sigmas(), dpcache.Schedule.smooth(KEYS, STEPS, boundary="output")

@@ -35,8 +35,6 @@ KEY = "dpcache"
 #: The values of ComfyUI's `WrappersMP`.
 _RUN, _EVALUATION, _NETWORK = "sampler_sample", "predict_noise", "apply_model"
 
-_OTHER_SAMPLER = "Use a sampler of one evaluation a step, for example euler."
-
 #: What a run over these noise levels follows; None, and a word, if it has to be computed in full.
 Plan = Callable[[Sequence[float], Callable[[str], None]], Schedule | None]
 
@@ -213,20 +211,26 @@ def _follow(
     *rest: Any,
     **more: Any,
 ) -> Any:
+    def run(running: Running | None) -> Any:
+        given = _handed_down(extra_args, running)
+        return executor(guider, sigmas, given, callback, noise, latent_image, *rest, **more)
+
     voice.begin()
     _refuse_other_caches(extra_args)
+    if len(sigmas) < 2:  # no step at all
+        return run(None)
     if doubt:
         voice.warn(doubt)
     plays = rehearse(executor.class_obj, guider, sigmas, extra_args.get("seed"), noise, latent_image)
     followed = None
-    if plays.obstacle:
-        voice.warn(f"{plays.obstacle}: every step is computed in full. {_OTHER_SAMPLER}")
+    if obstacle := _obstacle(plays, extra_args):
+        voice.warn(f"{obstacle}: every step is computed in full.")
     else:
         followed = plan(plays.levels, voice.warn)
     if followed is None:
-        return executor(guider, sigmas, extra_args, callback, noise, latent_image, *rest, **more)
+        return run(None)
     running = Following(followed, plays.levels, voice.warn)
-    output = executor(guider, sigmas, _handed_down(extra_args, running), callback, noise, latent_image, *rest, **more)
+    output = run(running)
     if unseen := len(sigmas) - 1 - len(running.seen_steps):
         voice.warn(
             f"{unseen} of {len(sigmas) - 1} steps were not seen: the sampler or the guider calls the model otherwise "
@@ -249,27 +253,45 @@ def _record(
     *rest: Any,
     **more: Any,
 ) -> Any:
+    def run(running: Running | None) -> Any:
+        given = _handed_down(extra_args, running)
+        return executor(guider, sigmas, given, callback, noise, latent_image, *rest, **more)
+
     is_first = voice.begin()
     sampler = sampler_name(executor.class_obj)
     _refuse_other_caches(extra_args)
+    if len(sigmas) < 2:  # no step at all
+        return run(None)
     plays = rehearse(executor.class_obj, guider, sigmas, extra_args.get("seed"), noise, latent_image)
     try:
-        _check(file, plays, sampler)
+        if obstacle := _obstacle(plays, extra_args):
+            raise CalibrationError(f"{obstacle}, so no value is seen for every step.")
+        file.check(plays.levels, sampler)
     except DPCacheError as error:
         if is_first:
             raise
         voice.warn(f"a later run of this prompt is not measured: {error}")
-        return executor(guider, sigmas, extra_args, callback, noise, latent_image, *rest, **more)
+        return run(None)
     running = Recording(plays.levels)
-    output = executor(guider, sigmas, _handed_down(extra_args, running), callback, noise, latent_image, *rest, **more)
+    output = run(running)
     voice.inform(file.add(running.run, sampler))
     return output
 
 
-def _check(file: CalibrationFile, plays: Rehearsal, sampler: str) -> None:
-    if plays.obstacle:
-        raise CalibrationError(f"{plays.obstacle}, so there is no value for every step: {_OTHER_SAMPLER}")
-    file.check(plays.levels, sampler)
+def _handed_down(extra_args: dict[str, Any], running: Running | None) -> dict[str, Any]:
+    """A sampler's arguments with what is remembered where every call of this run finds it, and no other."""
+    if running is None:
+        return extra_args
+    options = extra_args.get("model_options", {})
+    there = {**options.get("transformer_options", {}), KEY: running}
+    return {**extra_args, "model_options": {**options, "transformer_options": there}}
+
+
+def _obstacle(plays: Rehearsal, extra_args: dict[str, Any]) -> str | None:
+    """Why the steps of a run cannot be followed, and what to do; None where they can."""
+    if "multigpu_clones" in extra_args.get("model_options", {}):
+        return "the conditions are split over several GPUs, which is not followed (sample on one)"
+    return f"{plays.obstacle} (take one of one evaluation a step, for example euler)" if plays.obstacle else None
 
 
 def _evaluate(
@@ -300,13 +322,6 @@ def _call_network(
         return full()
     # Samplers read noise levels in Python anyway, so this is not the first to wait for the device.
     return running.call(full, x, float(t.flatten()[0]), options)
-
-
-def _handed_down(extra_args: dict[str, Any], running: Running) -> dict[str, Any]:
-    """A sampler's arguments with what is remembered where every call of this run finds it, and no other."""
-    options = extra_args.get("model_options", {})
-    there = {**options.get("transformer_options", {}), KEY: running}
-    return {**extra_args, "model_options": {**options, "transformer_options": there}}
 
 
 def _refuse_other_caches(extra_args: dict[str, Any]) -> None:

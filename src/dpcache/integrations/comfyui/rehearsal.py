@@ -13,6 +13,9 @@ import torch
 
 from dpcache.plan.matching import same_levels
 
+#: A sampler that has made so many evaluations a step is stopped: nobody knows whether it ends without the model.
+_MOST_EVALUATIONS = 100
+
 
 @dataclass(frozen=True)
 class Rehearsal:
@@ -59,7 +62,7 @@ def rehearse(sampler: Any, guider: Any, sigmas: torch.Tensor, seed: Any, noise: 
         noise: of the run.
         latent: of the run; None where there is none.
     """
-    understudy = _Understudy(guider)
+    understudy = _Understudy(guider, most=_MOST_EVALUATIONS * len(sigmas))
     options = {"transformer_options": {"sample_sigmas": sigmas}}
     device = noise.device
     has_own = device.type in ("cuda", "xpu")  # random numbers of its own that torch can put back
@@ -88,8 +91,8 @@ def _pixel(tensor: torch.Tensor) -> torch.Tensor:
 class _Understudy:
     """Stands in for a guider: everything it has, but for the model."""
 
-    def __init__(self, guider: Any) -> None:
-        self._guider = guider
+    def __init__(self, guider: Any, most: int) -> None:
+        self._guider, self._most = guider, most
         self.levels: list[float] = []
 
     def __getattr__(self, name: str) -> Any:
@@ -97,6 +100,8 @@ class _Understudy:
 
     def __call__(self, x: torch.Tensor, timestep: torch.Tensor, model_options: Any = None, seed: Any = None) -> Any:
         self.levels.append(float(timestep.flatten()[0]))
+        if len(self.levels) > self._most:
+            raise RuntimeError(f"it did not end within {self._most} evaluations")
         denoised = torch.zeros_like(x)
         # Only functions that the sampler itself has put there are among the options of a rehearsal.
         for function in (model_options or {}).get("sampler_post_cfg_function", ()):
