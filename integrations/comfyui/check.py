@@ -1,6 +1,6 @@
 """Runs the nodes in a real ComfyUI on a CPU, with tiny random models, and prints what worked.
 
-    python integrations/comfyui/check.py COMFYUI_DIRECTORY [--families flux wan ...] [--samplers euler ...]
+    python integrations/comfyui/check.py COMFYUI_DIRECTORY [--families flux wan ...] [--samplers euler ...] [--uses]
 
 Run it with the Python that ComfyUI runs with, dpcache installed. It downloads nothing and leaves ComfyUI's folder as it
 is. For every family, sampler and guidance it draws three times: without DPCache, with a schedule of K of T steps, and
@@ -22,14 +22,13 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 STEPS, KEYS = 8, 4
 GUIDANCE = (1.0, 3.0)
-#: Samplers that all families run; the first family of every kind of prediction runs all that ComfyUI lists.
-USUAL = ("euler", "dpmpp_2m", "dpmpp_2m_sde", "res_multistep", "uni_pc", "heun")
 #: Each family by ComfyUI's class for it, the configuration of a tiny network, and the shape of its latents.
 FAMILIES: dict[str, tuple[str, dict[str, Any], tuple[int, ...]]] = {
     "flux": (
@@ -150,7 +149,7 @@ def main() -> int:
     parser.add_argument("comfyui", type=Path, help="ComfyUI's directory")
     parser.add_argument("--families", nargs="+", default=list(FAMILIES), choices=list(FAMILIES))
     parser.add_argument("--uses", action="store_true", help="without the table of samplers")
-    parser.add_argument("--samplers", nargs="+", help="of ComfyUI's; all by default, where a family runs all")
+    parser.add_argument("--samplers", nargs="+", help="of ComfyUI's; all by default")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         start_comfyui(asked.comfyui.resolve(), Path(folder))
@@ -222,11 +221,6 @@ class Family:
 
     def _count(self, *_: Any) -> None:
         self.calls += 1
-
-    @property
-    def is_flow(self) -> bool:
-        """Whether noise levels are shares of noise."""
-        return "CONST" in {kind.__name__ for kind in type(self.inner.model_sampling).__mro__}
 
     def condition(self, seed: int) -> Any:
         """A CONDITIONING of random numbers."""
@@ -325,30 +319,30 @@ def drawings(families: list[str], samplers: list[str] | None) -> list[str]:
     """Prints the table of families, samplers and guidance; returns what is wrong in it."""
     import comfy.samplers
 
-    kinds: dict[bool, str] = {}
-    ran: dict[str, dict[str, str]] = {}
+    found: dict[str, list[str]] = {name: [] for name in samplers or comfy.samplers.SAMPLER_NAMES}
     failed = []
     for name in families:
         family = Family(name)
-        runs_all = kinds.setdefault(family.is_flow, name) == name
-        for sampler in samplers or (comfy.samplers.SAMPLER_NAMES if runs_all else USUAL):
+        for sampler, cells in found.items():
+            words = []
             for guidance in GUIDANCE:
                 try:
                     word, right = one_drawing(family, sampler, guidance)
                 except Exception as error:  # ComfyUI's samplers may raise anything; the table shows it
                     word, right = f"{type(error).__name__}: {error}"[:60], False
-                ran.setdefault(sampler, {}).setdefault(name, "")
-                before = ran[sampler][name]
-                shown = word if right else f"**{word}**"
-                ran[sampler][name] = shown if before in ("", shown) else f"{before}, {shown}"
+                words.append(word if right else f"**{word}**")
                 if not right:
                     failed.append(f"{name}, {sampler}, guidance {guidance:g}: {word}")
+            cells.append(words[0] if len(set(words)) == 1 else ", ".join(words))
     print(f"Evaluations with K = {KEYS} of T = {STEPS}; one figure where guidance {GUIDANCE[0]:g} and {GUIDANCE[1]:g}")
     print("give the same. T of T steps gave the same bits as ComfyUI everywhere else than where it says so.\n")
-    print("| sampler | " + " | ".join(families) + " |")
+    print("| samplers | " + " | ".join(families) + " |")
     print("|---" * (len(families) + 1) + "|")
-    for sampler, row in ran.items():
-        print(f"| {sampler} | " + " | ".join(row.get(name, "") for name in families) + " |")
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for sampler, cells in found.items():
+        alike.setdefault(tuple(cells), []).append(sampler)
+    for cells, names in alike.items():
+        print(f"| {', '.join(names)} | {' | '.join(cells)} |")
     return failed
 
 
@@ -395,7 +389,8 @@ class Server:
 
 
 KEPT: dict[str, Any] = {}
-FAMILY: dict[str, Family] = {}
+#: One model of each family, as a server keeps what it has loaded.
+loaded = cache(Family)
 
 
 class CheckModel:
@@ -405,7 +400,7 @@ class CheckModel:
     RETURN_TYPES, FUNCTION, CATEGORY = ("MODEL",), "make", "check"
 
     def make(self, family: str) -> tuple[Any]:
-        return (FAMILY.setdefault(family, Family(family)).model,)
+        return (loaded(family).model,)
 
 
 class CheckText:
@@ -415,7 +410,7 @@ class CheckText:
     RETURN_TYPES, FUNCTION, CATEGORY = ("CONDITIONING",), "make", "check"
 
     def make(self, family: str, number: int) -> tuple[Any]:
-        return (FAMILY[family].condition(number),)
+        return (loaded(family).condition(number),)
 
 
 class CheckLatent:
@@ -427,7 +422,7 @@ class CheckLatent:
     def make(self, model: Any, family: str) -> tuple[Any]:
         import torch
 
-        return ({"samples": torch.zeros(1, *FAMILY[family].shape)},)
+        return ({"samples": torch.zeros(1, *loaded(family).shape)},)
 
 
 class CheckKeep:
@@ -492,7 +487,7 @@ class Workshop:
         assert valid, f"{error} {errors}"
         self._number += 1
         KEPT.clear()
-        counted = FAMILY.setdefault(family, Family(family))
+        counted = loaded(family)
         counted.calls = 0
         with told() as said:
             asyncio.run(self._executor.execute_async(prompt, f"prompt {self._number}", {}, outputs))
@@ -719,7 +714,7 @@ def context_windows(workshop: Workshop) -> str:
     }
     known = known_nodes()["WanContextWindowsManual"].INPUT_TYPES()["required"]
     windows = "WanContextWindowsManual", {name: value for name, value in given.items() if name in known}
-    family = FAMILY.setdefault("wan", Family("wan"))
+    family = loaded("wan")
     before, family.shape = family.shape, (16, 9, 8, 8)
     try:
         each = {}
@@ -744,7 +739,7 @@ def parts(workshop: Workshop) -> str:
     """One half of the steps after the other, as the advanced sampler's start_at_step and end_at_step."""
     from dpcache.integrations.comfyui import Schedule, apply
 
-    family = FAMILY["flux"]
+    family = loaded("flux")
     schedule = Schedule.load(workshop.home / f"flux-{KEYS}.json")
     followed, sigmas = apply(family.model, schedule), family.sigmas()
     family.draw(followed, sigmas=sigmas[:5])
@@ -762,7 +757,7 @@ def conditions(workshop: Workshop) -> str:
 
     from dpcache.integrations.comfyui import plan_and_apply
 
-    family = FAMILY["flux"]
+    family = loaded("flux")
     mask = torch.zeros(1, 8, 8)
     mask[:, :, :4] = 1
 
