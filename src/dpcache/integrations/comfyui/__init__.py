@@ -179,9 +179,10 @@ def _of_schedule(schedule: Schedule, levels: Sequence[float], tell: Callable[[st
     left = part(schedule, levels)
     if left is None:
         tell(
-            f"the schedule was planned for {schedule.num_inference_steps} steps{_span(schedule.sigmas)}, the run has "
-            f"{len(levels) - 1}{_span(levels)}: every step is computed in full. Use the steps, scheduler and denoise "
-            "of the calibration, or the DPCache Key Steps node, which plans from a calibration for others."
+            "every step is computed in full: the schedule was planned for "
+            f"{schedule.num_inference_steps} steps{_span(schedule.sigmas)}, the run has {len(levels) - 1}"
+            f"{_span(levels)}. Use the steps, scheduler and denoise of the calibration, or the DPCache Key Steps node, "
+            "which plans from a calibration for others."
         )
     return left
 
@@ -224,7 +225,7 @@ def _follow(
     plays = rehearse(executor.class_obj, guider, sigmas, extra_args.get("seed"), noise, latent_image)
     followed = None
     if obstacle := _obstacle(plays, extra_args):
-        voice.warn(f"{obstacle}: every step is computed in full.")
+        voice.warn(f"every step is computed in full: {obstacle}.")
     else:
         followed = plan(plays.levels, voice.warn)
     if followed is None:

@@ -135,7 +135,7 @@ class Following:
     def _give_up(self, reason: str) -> None:
         self._generation.abandon()
         self._covered = False
-        self._tell(f"{reason}: every step from step {self._calls.step} on is computed in full.")
+        self._tell(f"every step from step {self._calls.step} on is computed in full: {reason}.")
 
 
 class Recording:
