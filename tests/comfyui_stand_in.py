@@ -70,6 +70,8 @@ class ModelPatcher:
         self.model = model
         self.model_options: dict[str, Any] = {"transformer_options": {}}
         self.wrappers: dict[str, dict[str, list[Callable[..., Any]]]] = {}
+        self.object_patches: dict[str, Any] = {}
+        self.backup: dict[str, Any] = {}
         #: Elements of a batch that fit; ComfyUI asks the device.
         self.free_memory: float = 1e9
 
@@ -77,6 +79,8 @@ class ModelPatcher:
         other = ModelPatcher(self.model)
         other.model_options = copy_nested_dicts(self.model_options)
         other.wrappers = copy_nested_dicts(self.wrappers)
+        other.object_patches = dict(self.object_patches)
+        other.backup = self.backup
         other.free_memory = self.free_memory
         return other
 
@@ -85,6 +89,12 @@ class ModelPatcher:
 
     def get_wrappers(self, wrapper_type: str, key: str) -> list[Callable[..., Any]]:
         return self.wrappers.get(wrapper_type, {}).get(key, [])
+
+    def get_model_object(self, name: str) -> Any:
+        return self.object_patches.get(name, getattr(self.model, name))
+
+    def add_object_patch(self, name: str, patched: Any) -> None:
+        self.object_patches[name] = patched
 
     def set_model_unet_function_wrapper(self, unet_wrapper_function: Callable[..., Any]) -> None:
         self.model_options["model_function_wrapper"] = unet_wrapper_function
@@ -238,15 +248,30 @@ def sampling_function(
 ) -> torch.Tensor:
     conds = [cond, None if cond_scale == 1.0 else uncond]
     denoised, without = calc_cond_batch(model, conds, x, timestep, model_options)
-    return without + (denoised - without) * cond_scale if conds[1] is not None else denoised
+    given = {"uncond_denoised": without if conds[1] is not None else denoised, "cond_denoised": denoised}
+    if conds[1] is not None:
+        denoised = without + (denoised - without) * cond_scale
+    for function in model_options.get("sampler_post_cfg_function", []):
+        denoised = function({**given, "denoised": denoised, "sigma": timestep, "input": x})
+    return denoised
 
 
 class KSAMPLER:
     def __init__(self, sampler_function: Callable[..., torch.Tensor]) -> None:
         self.sampler_function = sampler_function
 
-    def sample(self, guider: Any, sigmas: torch.Tensor, extra_args: Any, callback: Any, noise: Any, latent: Any) -> Any:
-        x = guider.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent)
+    def sample(
+        self,
+        guider: Any,
+        sigmas: torch.Tensor,
+        extra_args: Any,
+        callback: Any,
+        noise: Any,
+        latent_image: Any = None,
+        denoise_mask: Any = None,
+        disable_pbar: bool = False,
+    ) -> Any:
+        x = guider.inner_model.model_sampling.noise_scaling(sigmas[0], noise, latent_image)
         total = len(sigmas) - 1
 
         def told(state: dict[str, Any]) -> None:
@@ -280,7 +305,8 @@ class CFGGuider:
         options = copy_nested_dicts(self.model_options)
         options.setdefault("transformer_options", {})["sample_sigmas"] = sigmas
         extra_args = {"model_options": options, "seed": seed}
-        return sampler.sample(self, sigmas, extra_args, callback, noise, latent_image)
+        call = wrapped(sampler.sample, sampler, "sampler_sample", options["transformer_options"])
+        return call(self, sigmas, extra_args, callback, noise, latent_image, None, True)
 
     def outer_sample(
         self,
@@ -374,6 +400,31 @@ def sample_dpm_2(model: Any, x: torch.Tensor, sigmas: Any, extra_args: Any = Non
     return x
 
 
+def sample_offset(model: Any, x: torch.Tensor, sigmas: Any, extra_args: Any = None, callback: Any = None) -> Any:
+    """As dpmpp_2m_sde and its kin on flow matching: it begins beside all noise, whose logarithm is infinite."""
+    sigmas = sigmas.clone()
+    sigmas[0] = min(float(sigmas[0]), 0.99997)
+    return sample_euler(model, x, sigmas, extra_args, callback)
+
+
+def sample_euler_cfg_pp(model: Any, x: torch.Tensor, sigmas: Any, extra_args: Any = None, callback: Any = None) -> Any:
+    """Steps along the unconditional output, which it gets by a function of its own after guidance."""
+    seen: list[torch.Tensor] = []
+
+    def watch(given: dict[str, Any]) -> torch.Tensor:
+        seen.append(given["uncond_denoised"])
+        return given["denoised"]
+
+    options = dict((extra_args or {})["model_options"])
+    options["sampler_post_cfg_function"] = [*options.get("sampler_post_cfg_function", []), watch]
+    s_in = x.new_ones([x.shape[0]])
+    for i in range(len(sigmas) - 1):
+        denoised = model(x, sigmas[i] * s_in, options)
+        _told(callback, i, x, sigmas[i], denoised)
+        x = denoised + (x - seen[-1]) / sigmas[i] * sigmas[i + 1]
+    return x
+
+
 def folder_paths(models_dir: Path) -> types.ModuleType:
     """ComfyUI's module of this name: kinds of model files and the folders they are in."""
     module = types.ModuleType("folder_paths")
@@ -386,8 +437,17 @@ def folder_paths(models_dir: Path) -> types.ModuleType:
         files = [path for folder in folders if Path(folder).is_dir() for path in Path(folder).iterdir()]
         return sorted(path.name for path in files if path.suffix in suffixes)
 
+    def add_model_folder_path(kind: str, folder: str, is_default: bool = False) -> None:
+        folders, _ = known.setdefault(kind, ([], set()))
+        if folder not in folders:
+            folders.insert(0 if is_default else len(folders), folder)
+
+    def get_folder_paths(kind: str) -> list[str]:
+        return known[kind][0][:]
+
     def get_full_path(kind: str, name: str) -> str | None:
         return next((str(path) for folder in known[kind][0] if (path := Path(folder) / name).is_file()), None)
 
-    module.get_filename_list, module.get_full_path = get_filename_list, get_full_path  # type: ignore[attr-defined]
+    for function in (get_filename_list, get_full_path, add_model_folder_path, get_folder_paths):
+        setattr(module, function.__name__, function)
     return module

@@ -2,8 +2,9 @@
 
 import importlib.util
 import json
+import logging
 import sys
-import warnings
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import cycle
@@ -18,7 +19,8 @@ from torch import nn
 
 import dpcache
 from dpcache.errors import CacheStateError, CalibrationError, ScheduleMismatchError
-from dpcache.integrations.comfyui import apply, calibrate, identity
+from dpcache.integrations.comfyui import apply, calibrate, identity, plan_and_apply
+from dpcache.integrations.comfyui.voice import LOG
 from dpcache.judge.metrics import psnr
 
 from . import comfyui_stand_in as comfy
@@ -125,11 +127,26 @@ def full(studio: Studio) -> torch.Tensor:
 
 
 @contextmanager
+def told(level: int = logging.WARNING) -> Iterator[list[str]]:
+    """What is said in the log meanwhile."""
+    said: list[str] = []
+    handler = logging.Handler(level)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    before = LOG.level
+    LOG.addHandler(handler)
+    LOG.setLevel(level)
+    try:
+        yield said
+    finally:
+        LOG.removeHandler(handler)
+        LOG.setLevel(before)
+
+
+@contextmanager
 def one_warning(text: str) -> Iterator[None]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    with told() as said:
         yield
-    assert [text in str(warning.message) for warning in caught] == [True]
+    assert [text in one for one in said] == [True], said
 
 
 def plain(keys: Any, steps: int = STEPS, order: int = 2) -> dpcache.Schedule:
@@ -142,7 +159,7 @@ def test_calibrated_planned_and_applied(studio: Studio, schedule: Any, full: Any
     assert (calibration.facts.prediction, calibration.facts.scheduler) == ("flow_prediction", "euler")
     assert schedule.num_key_steps == KEYS and schedule.model == identity(studio.model)
     assert schedule.sigmas == tuple(studio.sigmas().tolist())
-    assert calibration.plan(KEYS, recipe=dpcache.Recipe(order=2)) == schedule
+    assert calibration.plan(KEYS) == schedule
 
     studio.network.calls = 0
     found = studio.draw(apply(studio.model, schedule))
@@ -218,15 +235,177 @@ def test_what_is_not_covered_is_computed_in_full_with_one_warning(studio: Studio
         assert torch.equal(studio.draw(apply(studio.model, followed), **more), expected)
 
 
-def test_an_unknown_sampler_of_two_evaluations_is_noticed(studio: Studio) -> None:
+def test_what_a_sampler_does_is_known_before_the_first_call(studio: Studio) -> None:
+    """No sampler is known by its name; random numbers are as they were."""
+
     def sample_unheard_of(*args: Any, **kwargs: Any) -> Any:
+        torch.rand(1)
         return comfy.sample_heun(*args, **kwargs)
 
+    said_at: list[int] = []
     studio.network.calls = 0
-    with one_warning("twice"):
-        studio.draw(apply(studio.model, plain((0, 3, 6), steps=8)), sampler=sample_unheard_of, sigmas=studio.sigmas(8))
-    # The call before it gave itself away, the second at the second noise level, is all that was predicted.
-    assert studio.network.calls == 2 * 8 - 1 - 1
+    torch.manual_seed(0)
+    with one_warning("15 times in 8 steps"), told() as said:
+        studio.draw(
+            apply(studio.model, plain((0, 3, 6), steps=8)),
+            sampler=sample_unheard_of,
+            sigmas=studio.sigmas(8),
+            callback=lambda *_: said_at.append(len(said)),
+        )
+    assert studio.network.calls == 2 * 8 - 1
+    assert set(said_at) == {1}
+    after = torch.rand(1)
+    torch.manual_seed(0)
+    assert torch.rand(2)[1] == after
+
+
+def test_what_a_rehearsal_cannot_follow_is_computed_in_full(studio: Studio, schedule: Any) -> None:
+    """A sampler that never ends without the model, one that raises, two steps at one level; and several GPUs."""
+
+    def sample_when_it_moves(model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None) -> Any:
+        while not model(x, sigmas[:1].expand(len(x)), **extra_args).any():
+            pass
+        return comfy.sample_euler(model, x, sigmas, extra_args, callback)
+
+    def sample_large(model: Any, x: Any, sigmas: Any, extra_args: Any = None, callback: Any = None) -> Any:
+        assert x.shape[-1] > 1, "no room"
+        return comfy.sample_euler(model, x, sigmas, extra_args, callback)
+
+    twice = torch.tensor([1.0, 0.7, 0.7, 0.4, 0.0])
+    apart = apply(studio.model, schedule)
+    apart.model_options["multigpu_clones"] = {}
+    tried = {
+        "did not end": (apply(studio.model, schedule), {"sampler": sample_when_it_moves}),
+        "no room": (apply(studio.model, schedule), {"sampler": sample_large}),
+        "at one noise level": (apply(studio.model, plain((0, 2), steps=4)), {"sigmas": twice}),
+        "several GPUs": (apart, {}),
+    }
+    for text, (applied, more) in tried.items():
+        with one_warning(text):
+            assert torch.equal(studio.draw(applied, **more), studio.draw(**more))
+    none_at_all = studio.sigmas()[-1:]
+    assert torch.equal(studio.draw(apply(studio.model, schedule), sigmas=none_at_all), studio.draw(sigmas=none_at_all))
+
+
+def test_a_sampler_may_move_its_levels_a_little(studio: Studio) -> None:
+    """ComfyUI moves the first level of flow matching off 1 for samplers that take its logarithm."""
+    sigmas, smooth = studio.sigmas(), dpcache.Schedule.smooth(KEYS, STEPS, boundary="output")
+    for followed in (smooth, smooth.model_copy(update={"sigmas": tuple(sigmas.tolist())})):
+        studio.network.calls = 0
+        with told() as said:
+            studio.draw(apply(studio.model, followed), sampler=comfy.sample_offset)
+        assert (studio.network.calls, said) == (KEYS, [])
+
+
+def test_a_sampler_may_look_at_what_guidance_got(studio: Studio) -> None:
+    """As those of CFG++, which have ComfyUI call a function of theirs in every evaluation."""
+    expected = studio.draw(sampler=comfy.sample_euler_cfg_pp)
+    everything = apply(studio.model, plain(range(STEPS)))
+    assert torch.equal(studio.draw(everything, sampler=comfy.sample_euler_cfg_pp), expected)
+    studio.network.calls = 0
+    studio.draw(
+        apply(studio.model, dpcache.Schedule.smooth(KEYS, STEPS, boundary="output")), sampler=comfy.sample_euler_cfg_pp
+    )
+    assert studio.network.calls == KEYS
+
+
+def test_every_run_says_what_it_computed(studio: Studio, schedule: Any) -> None:
+    with told(logging.INFO) as said:
+        studio.draw(apply(studio.model, schedule))
+    assert said == [f"DPCache: {KEYS} of {STEPS} steps computed"]
+
+
+@pytest.mark.parametrize("measured", [False, True])
+def test_planned_for_the_levels_of_each_run(studio: Studio, calibration_path: Path, measured: bool) -> None:
+    """Another number of steps, another shift, and less noise to begin with; all from one calibration, or from none."""
+    calibration = dpcache.Calibration.load(calibration_path) if measured else None
+    planned = plan_and_apply(studio.model, 5, calibration)
+    shifted = studio.model.clone()
+    shifted.add_object_patch("model_sampling", comfy.ModelSamplingDiscreteFlow(shift=2.0))
+    grids = {
+        "as calibrated": studio.sigmas(),
+        "fewer steps": studio.sigmas(12),
+        "another shift": comfy.simple_scheduler(shifted.get_model_object("model_sampling"), 14),
+        "denoise 0.6": studio.sigmas(25)[-16:],
+    }
+    for name, sigmas in grids.items():
+        studio.network.calls = 0
+        with told() as said:
+            found = studio.draw(planned, sigmas=sigmas)
+        assert (studio.network.calls, said) == (5, []), name
+        assert bool(found.isfinite().all())
+    studio.network.calls = 0
+    everything = plan_and_apply(studio.model, STEPS, calibration)
+    assert torch.equal(studio.draw(everything), studio.draw())
+
+
+def test_levels_beyond_the_calibration_are_computed_in_full(studio: Studio, calibration_path: Path) -> None:
+    planned = plan_and_apply(studio.model, 5, dpcache.Calibration.load(calibration_path))
+    rising = torch.tensor([0.5, 0.3, 0.6, 0.4, 0.3, 0.2, 0.0])
+    with one_warning("computed in full"):
+        assert torch.equal(studio.draw(planned, sigmas=rising), studio.draw(sigmas=rising))
+
+
+class Window:
+    """What ComfyUI puts into the options while it evaluates one context window."""
+
+    def __init__(self, index_list: list[int]) -> None:
+        self.index_list = index_list
+
+
+def in_windows(tell: bool) -> Any:
+    """The upper and the lower half of a picture, one after the other, as context windows take a clip apart."""
+
+    def evaluate(executor: Any, x: Any, timestep: Any, model_options: Any, seed: Any) -> Any:
+        guider, found = executor.class_obj, torch.zeros_like(x)
+        for rows in ([0, 1, 2, 3], [4, 5, 6, 7]):
+            window = {"context_window": Window(rows)} if tell else {}
+            there = {**model_options["transformer_options"], **window}
+            options = {**model_options, "transformer_options": there}
+            found[:, :, rows] = guider.predict_noise(x[:, :, rows], timestep, options, seed)
+        return found
+
+    return evaluate
+
+
+def test_context_windows_are_followed_each_by_itself(studio: Studio, schedule: Any) -> None:
+    windowed = studio.model.clone()
+    windowed.add_wrapper_with_key("predict_noise", "windows", in_windows(tell=True))
+    expected = studio.draw(windowed)
+    assert torch.equal(studio.draw(apply(windowed, plain(range(STEPS)))), expected)
+    studio.network.calls = 0
+    with told() as said:
+        found = studio.draw(apply(windowed, schedule))
+    assert (studio.network.calls, said) == (2 * KEYS, [])
+    assert (found - expected).norm() / expected.norm() < 0.1
+
+
+def test_windows_that_nothing_tells_apart_are_computed_in_full(studio: Studio, schedule: Any, tmp_path: Path) -> None:
+    windowed = studio.model.clone()
+    windowed.add_wrapper_with_key("predict_noise", "windows", in_windows(tell=False))
+    with one_warning("several samples in one step"):
+        assert torch.equal(studio.draw(apply(windowed, schedule)), studio.draw(windowed))
+    with pytest.raises(CalibrationError, match="several samples"):
+        studio.draw(calibrate(windowed, tmp_path / "c.safetensors"))
+
+
+def test_another_cache_is_refused(studio: Studio, schedule: Any, tmp_path: Path) -> None:
+    """Connected before or after; ComfyUI's own name themselves so."""
+
+    def with_cache(model: Any) -> Any:
+        clone = model.clone()
+        clone.add_wrapper_with_key("diffusion_model", "easycache", lambda executor, *a, **k: executor(*a, **k))
+        return clone
+
+    for model in (
+        with_cache(apply(studio.model, schedule)),
+        apply(with_cache(studio.model), schedule),
+        calibrate(with_cache(studio.model), tmp_path / "c.safetensors"),
+    ):
+        studio.network.calls = 0
+        with pytest.raises(CacheStateError, match="easycache"):
+            studio.draw(model)
+        assert studio.network.calls == 0
 
 
 def test_another_evaluation_of_the_same_sample_is_a_branch_of_its_own(studio: Studio, schedule: Any) -> None:
@@ -255,9 +434,9 @@ def test_a_condition_that_comes_later_begins_anew(studio: Studio, schedule: Any)
     start = next(step for step, level in enumerate(studio.sigmas()) if level <= 0.9)
     assert start not in schedule.key_steps
     studio.network.calls = 0
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with told() as said:
         found = studio.draw(apply(studio.model, schedule), both)
+    assert not said
     # Conditions go through the network together, so a step is computed if one of them needs it.
     assert studio.network.calls == len({*schedule.key_steps, *(start + k for k in schedule.from_step(start).key_steps)})
     pairs = zip(studio.picture(studio.draw(prompt=both)), studio.picture(found), strict=True)
@@ -327,16 +506,41 @@ def test_wrong_schedules_and_models_are_refused(studio: Studio, schedule: Any, t
 
 
 def test_calibration_refuses_what_it_cannot_measure(studio: Studio, calibration_path: Path, tmp_path: Path) -> None:
+    """Before the first call of the model, not after the last."""
     path = tmp_path / "c.safetensors"
+    studio.network.calls = 0
     for sampler in (comfy.sample_heun, comfy.sample_dpm_2):
         with pytest.raises(CalibrationError, match="euler"):
             studio.draw(calibrate(studio.model, path), sampler=sampler)
+    with pytest.raises(CalibrationError, match="lower key_steps"):
+        studio.draw(calibrate(studio.model, path, key_steps=STEPS + 1))
+    with pytest.raises(CalibrationError, match="lower the order"):
+        studio.draw(calibrate(studio.model, path, order=3), sigmas=studio.sigmas(3))
+    path.write_bytes(calibration_path.read_bytes())
+    with pytest.raises(CalibrationError, match=r"20 steps, this one has 12\. Give another name, or start over"):
+        studio.draw(calibrate(studio.model, path), sigmas=studio.sigmas(12))
+    with pytest.raises(CalibrationError, match="the sampler euler, this one is with offset"):
+        studio.draw(calibrate(studio.model, path), sampler=comfy.sample_offset)
+    with pytest.raises(CalibrationError, match="other noise levels"):
+        karras = comfy.karras_scheduler(studio.model.model.model_sampling, STEPS)
+        studio.draw(calibrate(studio.model, path), sigmas=karras)
+    other = comfy.BaseModel(studio.network, studio.model.model.model_sampling, {"image_model": "flux", "depth": 3})
+    with pytest.raises(CalibrationError, match="another model"):
+        studio.draw(calibrate(comfy.ModelPatcher(other), path))
+    assert studio.network.calls == 0
+    assert path.read_bytes() == calibration_path.read_bytes()
+
+
+def test_a_run_that_is_broken_is_not_added(studio: Studio, tmp_path: Path) -> None:
+    path = tmp_path / "c.safetensors"
     broken = studio.model.clone()
     broken.add_wrapper_with_key(
         "apply_model", "broken", lambda executor, *args, **more: executor(*args, **more) * np.nan
     )
+    studio.network.calls = 0
     with pytest.raises(CalibrationError, match="step 0 is NaN"):
         studio.draw(calibrate(broken, path))
+    assert studio.network.calls == 1
 
     def interrupt(step: int, *_: Any) -> None:
         raise Interrupted
@@ -344,13 +548,83 @@ def test_calibration_refuses_what_it_cannot_measure(studio: Studio, calibration_
     with pytest.raises(Interrupted):
         studio.draw(calibrate(studio.model, path), callback=interrupt)
     assert not path.exists()
-    path.write_bytes(calibration_path.read_bytes())
-    with pytest.raises(CalibrationError, match="another name"):
-        studio.draw(calibrate(studio.model, path), sigmas=studio.sigmas(12))
-    studio.draw(calibrate(studio.model, path))
-    assert dpcache.Calibration.load(path).facts.num_inputs == 3
-    studio.draw(calibrate(studio.model, path, append=False), sigmas=studio.sigmas(12))
-    assert dpcache.Calibration.load(path).facts.num_inference_steps == 12
+
+
+class Prompts:
+    """A node of a workflow whose prompts are queued one after another."""
+
+    def __init__(self) -> None:
+        self.number = 0
+        self.shown: list[str] = []
+
+    def prompt(self) -> int:
+        return self.number
+
+    def show(self, text: str) -> None:
+        self.shown.append(text)
+
+
+def runs_in(path: Path) -> int:
+    return dpcache.Calibration.load(path).facts.num_inputs
+
+
+def test_a_second_pass_of_the_same_prompt_is_left_alone(studio: Studio, tmp_path: Path) -> None:
+    """As hires fix: fewer levels, which do not fit the file, after all of the first pass has been drawn."""
+    path, node = tmp_path / "c.safetensors", Prompts()
+    calibrating = calibrate(studio.model, path, key_steps=KEYS, node=node)
+    for prompt in (1, 2):
+        node.number = prompt
+        first = studio.draw(calibrating)
+        second = {"sigmas": studio.sigmas()[-8:], "latent": first}
+        assert torch.equal(studio.draw(calibrating, **second), studio.draw(**second))
+        assert runs_in(path) == prompt
+        assert "a later run of this prompt is not measured" in node.shown[-1]
+    node.number = 3
+    with pytest.raises(CalibrationError, match="steps, this one has 7"):
+        studio.draw(calibrating, sigmas=studio.sigmas()[-8:])
+
+
+def test_warnings_come_once_per_prompt_and_in_the_node(studio: Studio, schedule: Any) -> None:
+    node = Prompts()
+    applied = apply(studio.model, schedule, node)
+    for prompt in (1, 2):
+        node.number, node.shown = prompt, []
+        with one_warning("planned for 20 steps"):
+            studio.draw(applied, sigmas=studio.sigmas(12))
+            studio.draw(applied, sigmas=studio.sigmas(12))
+        assert len(node.shown) == 1 and "planned for 20 steps" in node.shown[0]
+        studio.draw(applied)
+        assert node.shown[-1].endswith(f"{KEYS} of {STEPS} steps computed")
+
+
+def test_nodes_of_one_name_add_to_one_file(studio: Studio, tmp_path: Path) -> None:
+    """Whoever made them, whenever ComfyUI makes them anew; a file is started over once, and what it held is kept."""
+    path = tmp_path / "c.safetensors"
+    one, other = calibrate(studio.model, path), calibrate(studio.model, path)
+    for number, calibrating in enumerate((one, other, one), start=1):
+        studio.draw(calibrating, seed=number)
+        assert runs_in(path) == number
+    for number in (1, 2):
+        studio.draw(calibrate(studio.model, path, append=False), sigmas=studio.sigmas(12), seed=number)
+        assert runs_in(path) == number
+    assert runs_in(tmp_path / "c.safetensors.old") == 3
+
+
+def test_a_picture_is_not_lost_where_its_run_cannot_be_kept(studio: Studio, tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file where a folder should be")
+    with told(logging.INFO) as said:
+        drawn = studio.draw(calibrate(studio.model, tmp_path / "taken" / "c.safetensors"))
+    assert torch.equal(drawn, studio.draw())
+    assert "the run was not added to c.safetensors" in said[-1]
+
+
+def test_a_model_is_told_by_what_it_predicts(studio: Studio, schedule: Any) -> None:
+    """A node may have patched that: noise instead of flow, with the same network."""
+    patched = studio.model.clone()
+    patched.add_object_patch("model_sampling", comfy.ModelSamplingDiscrete(torch.linspace(0.99, 0.01, 1000)))
+    assert identity(patched) != identity(studio.model)
+    with pytest.raises(ScheduleMismatchError, match="prediction EPS"):
+        apply(patched, schedule)
 
 
 def test_a_model_that_predicts_noise(tmp_path: Path) -> None:
@@ -377,36 +651,105 @@ def test_a_model_that_predicts_noise(tmp_path: Path) -> None:
     assert error < (even - expected).norm() / expected.norm()
 
 
-def test_nodes_in_their_folder(studio: Studio, monkeypatch: Any, tmp_path: Path) -> None:
-    """Loaded as ComfyUI loads a folder of custom_nodes, run in the order of the example workflows."""
-    monkeypatch.setitem(sys.modules, "folder_paths", comfy.folder_paths(tmp_path))
+def test_other_weights_are_told(studio: Studio, schedule: Any, calibration_path: Path, tmp_path: Path) -> None:
+    """A finetune of the same network: followed with a warning, but never measured into the same file."""
+    pipe = dpcache.load_pipeline("tiny-flux", device="cpu")
+    network = FluxNetwork(pipe.transformer)
+    inner = comfy.BaseModel(network, studio.model.model.model_sampling, studio.model.model.model_config.unet_config)
+    assert identity(comfy.ModelPatcher(inner)) == identity(studio.model) == schedule.model
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(1.001)
+    finetune = comfy.ModelPatcher(inner)
+    assert identity(finetune).config == identity(studio.model).config
+    with one_warning("made with other weights"):
+        studio.draw(apply(finetune, schedule))
+    assert network.calls == KEYS
+    path = tmp_path / "c.safetensors"
+    path.write_bytes(calibration_path.read_bytes())
+    with pytest.raises(CalibrationError, match="other weights"):
+        studio.draw(calibrate(finetune, path))
+    # What LoRA has been added to, ComfyUI keeps as it was before.
+    name, parameter = next(iter(sorted(network.named_parameters())))
+    lora, base = comfy.ModelPatcher(inner), identity(finetune)
+    lora.backup = {f"diffusion_model.{name}": types.SimpleNamespace(weight=parameter.detach().clone())}
+    with torch.no_grad():
+        parameter.add_(1)
+    assert identity(lora) == base != identity(finetune)
+
+
+@pytest.fixture
+def nodes(monkeypatch: Any, tmp_path: Path) -> Any:
+    """Loaded as ComfyUI loads a folder of custom_nodes, with a folder of the user's from extra_model_paths.yaml."""
+    paths = comfy.folder_paths(tmp_path / "models")
+    paths.add_model_folder_path("dpcache", str(tmp_path / "elsewhere"))
+    context = types.ModuleType("comfy_execution.utils")
+    context.get_executing_context = lambda: types.SimpleNamespace(prompt_id="1")  # type: ignore[attr-defined]
+    server = types.ModuleType("server")
+    shown: list[tuple[str, str]] = []
+    instance = types.SimpleNamespace(send_progress_text=lambda text, node: shown.append((node, text)))
+    server.PromptServer = types.SimpleNamespace(instance=instance, shown=shown)  # type: ignore[attr-defined]
+    for module in (paths, context, server):
+        monkeypatch.setitem(sys.modules, module.__name__, module)
     spec = importlib.util.spec_from_file_location(
         "custom_nodes_dpcache", NODES / "__init__.py", submodule_search_locations=[str(NODES)]
     )
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    monkeypatch.setitem(sys.modules, spec.name, module)
-    spec.loader.exec_module(module)
-    assert module.NODE_CLASS_MAPPINGS.keys() == module.NODE_DISPLAY_NAME_MAPPINGS.keys()
+    loaded = importlib.util.module_from_spec(spec)
+    monkeypatch.setitem(sys.modules, spec.name, loaded)
+    spec.loader.exec_module(loaded)
+    assert loaded.NODE_CLASS_MAPPINGS.keys() == loaded.NODE_DISPLAY_NAME_MAPPINGS.keys()
+    loaded.shown = shown
+    return loaded
+
+
+def test_nodes_in_their_folder(studio: Studio, nodes: Any, tmp_path: Path) -> None:
+    """Run as the example workflows have them, which are as the frontend saves them."""
 
     def run(workflow: str) -> Any:
-        nodes = json.loads((NODES / "example_workflows" / workflow).read_text()).values()
-        (ours,) = [node for node in nodes if node["class_type"] in module.NODE_CLASS_MAPPINGS]
-        kind = module.NODE_CLASS_MAPPINGS[ours["class_type"]]
+        saved = json.loads((NODES / "example_workflows" / f"{workflow}.json").read_text())["nodes"]
+        (ours,) = [node for node in saved if node["type"] in nodes.NODE_CLASS_MAPPINGS]
+        kind = nodes.NODE_CLASS_MAPPINGS[ours["type"]]
+        names = [given["name"] for given in ours["inputs"] if "widget" in given]
+        given = dict(zip(names, ours["widgets_values"], strict=True))
         required = kind.INPUT_TYPES()["required"]
-        assert ours["inputs"].keys() == required.keys()
+        assert ["model", *given] == list(required)
         for name, (choices, *_) in required.items():
-            assert not isinstance(choices, list) or ours["inputs"][name] in choices
-        return getattr(kind(), kind.FUNCTION)(**{**ours["inputs"], "model": studio.model})[0]
+            assert not isinstance(choices, list) or given[name] in choices
+        assert getattr(kind, "VALIDATE_INPUTS", lambda **_: True)(
+            **{name: given[name] for name in ("name", "file") if name in given}
+        )
+        return getattr(kind(), kind.FUNCTION)(model=studio.model, unique_id="7", **given)[0]
 
-    studio.draw(run("calibrate.json"), PROMPTS[0])
-    studio.network.calls = 0
-    studio.draw(run("apply.json"))
-    assert studio.network.calls == 13
-    calibrate_node = module.NODE_CLASS_MAPPINGS["DPCacheCalibrate"]()
+    def calls(model: Any) -> int:
+        studio.network.calls = 0
+        studio.draw(model)
+        return studio.network.calls
+
+    sigmas = studio.sigmas(50)
+    studio.draw(run("calibrate"), PROMPTS[0], sigmas=sigmas)
+    assert {path.suffix for path in (tmp_path / "elsewhere").iterdir()} >= {".json", ".safetensors"}
+    assert nodes.shown[-1][0] == "7" and "holds 1 run" in nodes.shown[-1][1]
+    for workflow in ("apply", "key_steps"):
+        studio.network.calls = 0
+        studio.draw(run(workflow), sigmas=sigmas)
+        assert studio.network.calls == 13
+        assert nodes.shown[-1] == ("7", "13 of 50 steps computed")
+    key_steps = nodes.NODE_CLASS_MAPPINGS["DPCacheKeySteps"]
+    assert "flux-50-simple.safetensors" in key_steps.INPUT_TYPES()["required"]["calibration"][0]
+    (planned,) = key_steps().apply(studio.model, 6, "flux-50-simple.safetensors")
+    assert calls(planned) == 6
+    assert key_steps.IS_CHANGED(calibration="flux-50-simple.safetensors", key_steps=6) > 0
+
+
+def test_the_calibrating_node_checks_what_it_is_given(studio: Studio, nodes: Any, monkeypatch: Any) -> None:
+    calibrating = nodes.NODE_CLASS_MAPPINGS["DPCacheCalibrate"]
+    assert calibrating.VALIDATE_INPUTS("flux", "begin anew") is True  # as workflows of earlier releases say
+    assert "begin anew" not in calibrating.INPUT_TYPES()["required"]["file"][0]
+    assert "start over" in calibrating.VALIDATE_INPUTS("flux", "whatever")
     with pytest.raises(ValueError, match="without folders"):
-        calibrate_node.calibrate(studio.model, "../elsewhere", 13, 2, "begin anew")
+        calibrating().calibrate(studio.model, "../elsewhere", 13, 2, "begin anew")
     monkeypatch.setitem(sys.modules, "dpcache", None)
     monkeypatch.delitem(sys.modules, "dpcache.integrations.comfyui")
     with pytest.raises(RuntimeError, match="not installed"):
-        calibrate_node.calibrate(studio.model, "c", 13, 2, "begin anew")
+        calibrating().calibrate(studio.model, "c", 13, -1, "start over")

@@ -1,4 +1,4 @@
-"""DPCache for ComfyUI: two nodes, one that calibrates a MODEL and one that accelerates it."""
+"""DPCache for ComfyUI: three nodes: two that accelerate a MODEL, and one that calibrates it."""
 
 from .nodes import NODE_CLASS_MAPPINGS, NODE_DISPLAY_NAME_MAPPINGS
 

@@ -5,7 +5,7 @@ merging or quantizing a model changes some of them.
 """
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -77,6 +77,20 @@ def fingerprint(pipeline: Any) -> Fingerprint:
         model=digest(structure),
         weights=digest(_sampled(tensors)) if is_whole else None,
     )
+
+
+def weights_digest(tensors: Iterable[torch.Tensor]) -> str | None:
+    """A digest of elements of these tensors, in this order; None where one of them cannot be read."""
+    found: list[torch.Tensor] = []
+    for tensor in tensors:
+        parts = _parts(tensor)
+        if parts is None:
+            return None
+        found += parts
+    try:
+        return digest(_sampled(found))
+    except RuntimeError:  # a kind of tensor that shows no elements
+        return None
 
 
 def require_same(folder: Path, pipeline: Any) -> None:

@@ -10,7 +10,15 @@ from functools import cached_property
 from itertools import pairwise
 from typing import Any, ClassVar, Literal, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 from typing_extensions import Self
 
 from dpcache.checks import number, one_of, whole
@@ -38,10 +46,25 @@ class ModelIdentity(BaseModel):
     config: str | None = Field(
         default=None, description="Digest of the denoiser's configuration; None admits every model of the class."
     )
+    weights: str | None = Field(
+        default=None,
+        description="Digest of some of its weights; left out where they were not read. The nodes for ComfyUI read "
+        "them, and warn where they are others.",
+    )
+
+    @model_serializer(mode="wrap")
+    def _without_nothing(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Files of models whose weights were not read are as earlier releases read them."""
+        written: dict[str, Any] = write(self)
+        return {name: value for name, value in written.items() if name != "weights" or value is not None}
 
     def admits(self, other: "ModelIdentity") -> bool:
-        """Whether what was made for this model may be used with the other."""
+        """Whether what was made for this model may be used with the other, whatever its weights."""
         return self.denoiser == other.denoiser and self.config in (None, other.config)
+
+    def is_same(self, other: "ModelIdentity") -> bool:
+        """Whether the other is the same as far as is known, weights included."""
+        return self.admits(other) and (None in (self.weights, other.weights) or self.weights == other.weights)
 
 
 class Term(BaseModel):
