@@ -153,7 +153,7 @@ def test_texts_from_outside_do_nothing(show, pictures):
     assert EVIL in page.locator("#pictures h3").all_text_contents()
     assert page.locator(f"img[alt*={json.dumps(EVIL)}]").count() == 2 * len(pictures.comparisons) + 1 + 3
     assert page.locator("img[src=x]").count() == 0
-    assert page.locator("script").count() == 4 + 1  # its own and the costs
+    assert page.locator("script").count() == 6 + 1  # its own and the costs
     # The explorer puts a schedule's name into its words and its figure.
     name = page.locator("#hops-of option").nth(1).text_content()
     assert "</script><script>broken=1</script>" in name
