@@ -391,7 +391,7 @@ def test_costs_all_zero_and_no_plans(calibration, tmp_path):
 
 
 def crowd(schedule: Schedule, count: int, side: int) -> Comparison:
-    """Pictures of coarse noise, as hard to compress as photographs, in texts that run either way."""
+    """Pictures of coarse noise, the last one worst, hard to compress as photographs are."""
     rng = np.random.default_rng(0)
     samples = []
     for seed in range(count):

@@ -31,7 +31,7 @@ for (const [number, pager] of pagers.entries()) {
     const by = event.target.dataset.by;
     if (!by) return;
     show(first + by * PAGE);
-    if (number) list.scrollIntoView();
+    if (number) list.scrollIntoView({ behavior: "instant" });
   });
 }
 

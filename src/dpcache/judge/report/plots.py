@@ -179,17 +179,17 @@ def _name_marks(axes: Any, marks: Mapping[str, tuple[int, float]]) -> None:
         )
 
 
-def speedup_scale(axes: Any, steps: int) -> None:
-    """T/K along the top, at speedups that people think in, as many as have room."""
+def speedup_scale(axes: Any, steps: int, speedups: Sequence[float] = ()) -> None:
+    """T/K along the top, at the speedups given, or at those that people think in, as many as have room."""
     low, high = axes.get_xlim()
     axes.set_xlim(low, high)
-    speedups: list[float] = []
-    for speedup in (1, 1.5, 2, 3, 5, 10, 20, 50, 100):
+    found = list(speedups)
+    for speedup in () if speedups else (1, 1.5, 2, 3, 5, 10, 20, 50, 100):
         place = steps / speedup
-        if low <= place <= high and (not speedups or steps / speedups[-1] - place > 0.09 * (high - low)):
-            speedups.append(speedup)
+        if low <= place <= high and (not found or steps / found[-1] - place > 0.09 * (high - low)):
+            found.append(speedup)
     top = axes.secondary_xaxis("top")
-    top.set_ticks([steps / speedup for speedup in speedups], [f"{speedup:g}×" for speedup in speedups])
+    top.set_ticks([steps / speedup for speedup in found], [f"{speedup:.2g}×" for speedup in found])
     top.set_xlabel("speedup T/K", labelpad=7)
 
 

@@ -9,15 +9,10 @@ const sizes = [...dialog.querySelectorAll("[name=zoom]")];
 const reduced = Number(dialog.dataset.scale);
 let width = 0, height = 0;
 
-// In the picture's own pixels, however it was made to fit into this page.
-function sizeOf(stage) {
-  const one = stage.querySelector(".as-made");
-  return ["width", "height"].map((name) => one.getAttribute(name) / reduced);
-}
-
 function open(shot) {
   const article = shot.closest(".case"), stage = shot.querySelector(".stage");
-  [width, height] = sizeOf(stage);
+  // In the picture's own pixels, however it was made to fit into this page.
+  [width, height] = ["width", "height"].map((name) => stage.querySelector(".as-made").getAttribute(name) / reduced);
   document.getElementById("zoom-title").textContent = article.querySelector("h3").textContent;
   document.getElementById("zoom-name").textContent = shot.dataset.name;
   const layers = [".under", ".as-made", ".difference"].map((name) => stage.querySelector(name));
@@ -86,16 +81,9 @@ pane.addEventListener("pointermove", (event) => {
   if (pane.hasPointerCapture(event.pointerId)) pane.scrollBy(-event.movementX, -event.movementY);
 });
 
-// Only what is shown smaller than it is can be looked at more closely.
-const watch = new ResizeObserver((entries) => {
-  for (const { target } of entries) {
-    target.parentElement.querySelector(".zoom").hidden = !target.clientWidth || target.clientWidth * devicePixelRatio >= sizeOf(target)[0];
-  }
-});
-for (const shot of document.querySelectorAll(".shot.cached")) {
+for (const shot of document.querySelectorAll(".shot.cached:not(:has(.small))")) {
   const button = Object.assign(document.createElement("button"), { type: "button", className: "zoom", textContent: "Zoom" });
   button.setAttribute("aria-haspopup", "dialog");
   button.addEventListener("click", () => open(shot));
   shot.querySelector("figcaption").prepend(button);
-  watch.observe(shot.querySelector(".stage"));
 }
