@@ -18,11 +18,12 @@ from PIL import Image
 
 import dpcache
 from dpcache.judge.comparison import Comparison, Sample
+from dpcache.judge.differences import HEAT, amplification, heat
 from dpcache.judge.metrics import psnr, ssim
 from dpcache.judge.report import write_report
 from dpcache.judge.report.explorer import explorer_data, path_cost
 from dpcache.judge.report.page import schedule_names
-from dpcache.judge.report.pictures import _HEAT, PACKINGS, Packing, amplification, embed, embed_difference
+from dpcache.judge.report.pictures import PACKINGS, Packing, embed, embed_difference
 from dpcache.judge.report.plots import trade_off
 from dpcache.judge.report.timeline import timeline
 from dpcache.measure.calibration import Calibration, Facts
@@ -33,8 +34,6 @@ REFERENCE = Path(__file__).parent / "reference"
 STEPS = 50
 PAPER = Recipe(method="paper", max_gap=15)
 PROMPTS = ["a red cube", "<script>alert(1)</script>", 'a "quoted" & <b>bold</b> cat']
-#: The colours of differences.
-HEAT = np.frombuffer(_HEAT, np.uint8).reshape(256, 3)
 VOID = {"meta", "link", "img", "input"}
 
 
@@ -234,8 +233,8 @@ def test_differences_are_amplified_alike_and_said_to_be(page, comparisons):
     for attributes, sample in zip(maps[:2], samples, strict=True):
         expected = np.abs(sample.full - sample.cached).mean(axis=-1) * amplified
         shown = np.array(decoded(attributes["src"]))
-        places = (expected.astype(np.float32)).clip(0, 1)
-        np.testing.assert_array_equal(shown, HEAT[(places * 255).round().astype(int)])
+        assert np.array_equal(shown, HEAT[(expected.astype(np.float32).clip(0, 1) * 255).round().astype(int)])
+        assert np.mean(shown == heat(sample.full, sample.cached, amplified)) > 0.99  # but for rounding
 
 
 @pytest.mark.parametrize(("difference", "expected"), [(0.0, 1), (0.9, 1), (0.04, 20), (0.0011, 500), (1e-7, 5e6)])

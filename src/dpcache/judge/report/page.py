@@ -18,6 +18,7 @@ from markupsafe import Markup
 from dpcache import __version__, checks
 from dpcache.files.whole import write_whole
 from dpcache.judge.comparison import Comparison
+from dpcache.judge.differences import amplification
 from dpcache.measure.calibration import Calibration
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.planner import Plan
@@ -25,7 +26,7 @@ from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Schedule
 
 from .explorer import explorer_data, path_cost
-from .pictures import PACKINGS, Embedded, Packing, amplification, embed, embed_difference
+from .pictures import PACKINGS, Embedded, Packing, embed, embed_difference
 from .plots import MAP_AREA, cost_map, trade_off
 from .quality import histogram, quality_curve
 from .timeline import timeline

@@ -2,17 +2,17 @@
 
 import base64
 import io
-import math
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+
+from dpcache.judge.differences import HEAT, difference
 
 Picture = npt.NDArray[np.floating[Any]]
 Made = TypeVar("Made")
@@ -25,7 +25,6 @@ HALVED_FROM = 512
 LONGEST_SIDE = 16_383
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_HEAT = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
 
 
 @dataclass(frozen=True)
@@ -93,29 +92,12 @@ def embed(picture: Picture, packing: Packing = PACKINGS[0]) -> Embedded:
     return _embedded(picture, packing)
 
 
-def amplification(full: Picture, others: Sequence[Picture]) -> float:
-    """By how much to multiply the differences so that they can be seen: 1, 2 or 5 times a power of ten.
-
-    The largest such number that leaves all but a thousandth of the pixels within the scale; 1 where nothing differs.
-    """
-    peak = max(float(np.quantile(_difference(full, other), 0.999)) for other in others)
-    if not peak > 0:
-        return 1.0
-    power = 10.0 ** math.floor(-math.log10(peak))
-    return max(n * power for n in (1, 2, 5) if n == 1 or n * power * peak <= 1)
-
-
 def embed_difference(full: Picture, other: Picture, amplified: float, packing: Packing = PACKINGS[0]) -> Embedded:
     """Mean absolute difference over the channels, times `amplified`: black where equal, bright where it reaches 1."""
-    difference = (_difference(full, other) * amplified)[..., None]
-    if packing.quality is not None and max(difference.shape[-3:-1]) * packing.scale > HALVED_FROM:
+    levels = (difference(full, other) * amplified)[..., None]
+    if packing.quality is not None and max(levels.shape[-3:-1]) * packing.scale > HALVED_FROM:
         packing = Packing(packing.quality, packing.scale / 2)
-    return _embedded(difference, packing, _HEAT)
-
-
-def _difference(full: Picture, other: Picture) -> Picture:
-    difference = np.abs(full.astype(np.float64) - other.astype(np.float64)).mean(axis=-1)
-    return np.asarray(np.nan_to_num(difference, nan=1.0))
+    return _embedded(levels, packing, HEAT.tobytes())
 
 
 def _embedded(picture: Picture, packing: Packing, palette: bytes | None = None) -> Embedded:
