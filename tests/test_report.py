@@ -17,16 +17,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import dpcache
 from dpcache.judge.comparison import Comparison, Sample
+from dpcache.judge.differences import HEAT, amplification, heat
 from dpcache.judge.metrics import psnr, ssim
 from dpcache.judge.report import write_report
 from dpcache.judge.report.explorer import explorer_data, path_cost
 from dpcache.judge.report.page import schedule_names
-from dpcache.judge.report.pictures import LONGEST_SIDE, amplification, common_scale, embed, embed_difference
+from dpcache.judge.report.pictures import PACKINGS, Packing, embed, embed_difference
 from dpcache.judge.report.plots import trade_off
 from dpcache.judge.report.timeline import timeline
 from dpcache.measure.calibration import Calibration, Facts
-from dpcache.plan.planner import Plan
 from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import ModelIdentity, Schedule
 
@@ -177,7 +178,7 @@ def test_page_loads_nothing(page):
     (policy,) = [one["content"] for one, _ in page.find("meta") if "http-equiv" in one]
     digests = [f"'sha256-{base64.b64encode(hashlib.sha256(one.encode()).digest()).decode()}'" for one in code]
     assert f"script-src {' '.join(digests)};" in policy
-    assert policy.startswith("default-src 'none';") and len(code) == 4
+    assert policy.startswith("default-src 'none';") and len(code) == 6
     assert {attributes["type"] for attributes, _ in page.find("script")} == {"module", "application/json"}
 
 
@@ -232,8 +233,9 @@ def test_differences_are_amplified_alike_and_said_to_be(page, comparisons):
     assert page.find("span", class_="amplified")[0][1] == f"Difference × {amplified:g}: black is none"
     for attributes, sample in zip(maps[:2], samples, strict=True):
         expected = np.abs(sample.full - sample.cached).mean(axis=-1) * amplified
-        shown = np.array(decoded(attributes["src"]))  # places on the scale of colours
-        np.testing.assert_allclose(shown, (expected * 255).clip(0, 255), atol=0.51)
+        shown = np.array(decoded(attributes["src"]))
+        assert np.array_equal(shown, HEAT[(expected.astype(np.float32).clip(0, 1) * 255).round().astype(int)])
+        assert np.mean(shown == heat(sample.full, sample.cached, amplified)) > 0.99  # but for rounding
 
 
 @pytest.mark.parametrize(("difference", "expected"), [(0.0, 1), (0.9, 1), (0.04, 20), (0.0011, 500), (1e-7, 5e6)])
@@ -241,7 +243,7 @@ def test_amplification_is_a_round_number(difference, expected):
     full = np.full((20, 20, 3), 0.05)
     assert amplification(full, [full, full + difference]) == pytest.approx(expected)
     black = np.array(decoded(embed_difference(full, full, expected).uri))
-    assert not black.any()
+    assert (black == HEAT[0]).all()
 
 
 def test_timelines(page, comparisons):
@@ -286,13 +288,13 @@ def test_table_of_results(page, comparisons):
 
 def test_plots_follow_the_page_colours_and_mark_every_hop(page, comparisons):
     plots = page.find("svg", class_="plot")
-    assert [attributes["id"] for attributes, _ in plots] == ["cost-map", "trade-off", "curve"]
+    assert [attributes["id"] for attributes, _ in plots] == ["quality-curve", "cost-map", "trade-off", "curve"]
     assert all(attributes["aria-label"] for attributes, _ in plots)
     assert "currentColor" in page.source and "#01010" not in page.source
     for one in comparisons:
         name = f"K = {one.schedule.num_key_steps}"
-        assert all(name in text for _, text in plots[:2])
-        assert f"{name}: {one.schedule.cost:,.4g}" in plots[1][0]["aria-label"]
+        assert all(name in text for _, text in plots[1:3])
+        assert f"{name}: {one.schedule.cost:,.4g}" in plots[2][0]["aria-label"]
     for number, one in enumerate(comparisons):
         marks = page.source.partition(f'id="cost-map-hops-{number}"')[2].partition(">\n   </g>")[0]
         assert marks.count("<use ") == one.schedule.num_key_steps
@@ -380,7 +382,7 @@ def test_without_a_calibration_the_page_says_nothing_of_costs(comparisons, tmp_p
 
 
 def test_the_curve_is_logarithmic_although_all_steps_cost_nothing():
-    plans = {keys: Plan(tuple(range(keys)), cost) for keys, cost in ((1, 100.0), (2, 1.0), (3, 0.01), (4, 0.0))}
+    plans = {1: 100.0, 2: 1.0, 3: 0.01, 4: 0.0}
     drawn = trade_off(plans, {"K = 4": (4, 0.0), "K = 2": (2, 1.0)}, 4, "a curve")
     labels = set(re.findall(r">([\d.]+)</text>", drawn))
     assert {"0.01", "1", "100"} <= labels, labels
@@ -394,15 +396,86 @@ def test_costs_all_zero_and_no_plans(calibration, tmp_path):
     assert [one.get("id") for one, _ in page.find("table", class_="plans")] == ["hop-costs"]
 
 
-def test_large_pictures_are_reduced():
-    wide = np.zeros((64, 4 * LONGEST_SIDE, 3))
-    scale = common_scale([np.zeros((32, 32, 3)), wide])
-    assert scale == 0.25
-    assert decoded(embed(wide, scale).uri).size == (LONGEST_SIDE, 16)
-    assert common_scale([np.broadcast_to(0.0, (1000, 1000, 1000, 3))]) < 0.4
+def crowd(schedule: Schedule, count: int, side: int) -> Comparison:
+    """Pictures of coarse noise, the last one worst, hard to compress as photographs are."""
+    rng = np.random.default_rng(0)
+    samples = []
+    for seed in range(count):
+        coarse = Image.fromarray(rng.integers(256, size=(side // 16, side // 16, 3), dtype=np.uint8))
+        full = np.asarray(coarse.resize((side, side), Image.Resampling.BICUBIC)) / 255.0
+        cached = (full + 0.002 * (1 + seed) * rng.standard_normal(full.shape)).clip(0, 1)
+        samples.append(Sample(f"picture {seed}", seed, psnr(full, cached), 0.9, full, cached))
+    return Comparison(schedule, tuple(samples), (2.0,) * count, (1.0,) * count, 0, 0)
 
 
-@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGBA")])
+@pytest.mark.parametrize(
+    ("megabytes", "said"),
+    [(9.0, ""), (2.0, "quality"), (0.5, "reduced to 70 %"), (0.2, "worst of 24")],
+)
+def test_a_file_keeps_to_its_budget(tmp_path, megabytes, said):
+    one = crowd(Schedule.uniform(13, STEPS), 24, 256)
+    path = write_report(tmp_path / "r.html", title="t", model="m", comparisons=[one], megabytes=megabytes)
+    assert path.stat().st_size <= megabytes * 1e6
+    page = Page(path)
+    (how,) = [text for text in (text for _, text in page.find("p", class_="how")) if "came out worst" in text]
+    assert said in how and ("WebP" in how) == bool(said)
+    cases = page.find("article", class_="case")
+    assert (len(cases) < 24) == said.startswith("worst")
+    assert cases[0][0]["data-number"] == "23"
+    full, difference = (page.find("img", class_=name)[0][0] for name in ("as-made", "difference"))
+    side = 179 if "70 %" in said or "worst" in said else 256
+    assert decoded(full["src"]).size == (int(full["width"]), int(full["height"])) == (side, side)
+    assert decoded(difference["src"]).size == decoded(full["src"]).size  # only large ones are halved
+    assert page.find("h3")[0][0]["dir"] == "auto"
+    assert "Over 24 pictures" in page.find("p", class_="how")[0][1]
+
+
+def test_one_input_is_shown_whatever_it_weighs(tmp_path):
+    one = crowd(Schedule.uniform(13, STEPS), 2, 256)
+    page = Page(write_report(tmp_path / "r.html", title="t", model="m", comparisons=[one], megabytes=1e-3))
+    assert len(page.find("article", class_="case")) == 1
+    with pytest.raises(ValueError, match="megabytes must be above 0"):
+        write_report(tmp_path / "r.html", title="t", model="m", comparisons=[one], megabytes=0)
+
+
+def test_differences_of_large_compressed_pictures_are_halved():
+    full, packing = np.zeros((32, 600, 3)), PACKINGS[1]
+    assert decoded(embed(full, packing).uri).size == (600, 32)
+    assert decoded(embed_difference(full, full, 1, packing).uri).size == (300, 16)
+    assert decoded(embed_difference(full, full, 1).uri).size == (600, 32)
+    assert min(packing.scale for packing in PACKINGS) == 0.7
+    assert decoded(embed(np.zeros((1, 40_000, 1)), Packing(50)).uri).width == 16_383
+
+
+def test_quality_by_k_and_picture_by_picture(tmp_path):
+    many = crowd(Schedule.smooth(13, STEPS), 20, 32)
+    fewer = crowd(Schedule.smooth(9, STEPS), 20, 32)
+    page = Page(write_report(tmp_path / "r.html", title="t", model="m", comparisons=[many, fewer]))
+    plots = {one["id"]: one["aria-label"] for one, _ in page.find("svg", class_="plot")}
+    assert list(plots) == ["quality-curve", "histogram"]
+    assert f"K = 13, smooth curve: {many.psnr_mean:.1f} dB, worst {many.psnr_worst:.1f} dB" in plots["quality-curve"]
+    median = np.median([sample.psnr for sample in fewer.samples])
+    assert f"K = 9: median {median:.1f} dB, from {fewer.psnr_worst:.1f} to" in plots["histogram"]
+    alone = Page(
+        write_report(tmp_path / "r.html", title="t", model="m", comparisons=[comparison(fewer.schedule, 0.05)])
+    )
+    assert not alone.find("section", id="quality") and not alone.find("svg", class_="plot")
+
+
+def test_expected_errors_by_k(tmp_path):
+    pipe = dpcache.load_pipeline("tiny-flux")
+    call = {"num_inference_steps": 8, "max_sequence_length": 24, "output_type": "latent"}
+    found = dpcache.calibrate(pipe, PROMPTS[:1], sensitivity="measured", progress=False, **call)
+    schedule = found.plan(3)
+    one = comparison(schedule, 0.05)
+    path = write_report(
+        tmp_path / "r.html", title="t", model="m", comparisons=[one], calibration=found, plans=found.plan_all()
+    )
+    plots = {attributes["id"]: attributes["aria-label"] for attributes, _ in Page(path).find("svg", class_="plot")}
+    assert plots["expected-errors"].endswith(f"Marked: K = 3: {schedule.expected_error:.2%}.")
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "RGB"), (3, "RGB"), (4, "RGBA")])
 def test_channels(channels, mode):
     assert decoded(embed(np.full((12, 12, channels), 0.5)).uri).mode == mode
 

@@ -5,6 +5,7 @@ import io
 import json
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
@@ -20,6 +21,7 @@ from dpcache.plan.schedule import Schedule
 from dpcache.zoo import BUNDLED, load_pipeline
 
 from .conftest import PROMPT, QUICK, STEPS
+from .test_report import crowd
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = [
@@ -79,6 +81,21 @@ def clips(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
         path=write_report(path, title="Clips", model="tiny-hunyuan-video", comparisons=comparisons),
         comparisons=comparisons,
     )
+
+
+LONG = "a harbour at dawn with fishing boats and gulls, long exposure, " * 20
+ARABIC = "قطة سوداء تجلس على سور قديم في ضوء الغروب، صورة فوتوغرافية مفصلة، " * 20
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A report on 45 pictures of 600 pixels, compressed, the worst two of them with long prompts."""
+    one = crowd(Schedule.uniform(3, STEPS), 45, 600)
+    labels = {44: LONG, 43: ARABIC}
+    one = replace(one, samples=tuple(replace(s, label=labels.get(s.seed, s.label)) for s in one.samples))
+    path = tmp_path_factory.mktemp("many") / "report.html"
+    write_report(path, title="Many", model="a model", comparisons=[one], megabytes=5)
+    return SimpleNamespace(path=path, comparisons=[one])
 
 
 @pytest.fixture
@@ -153,7 +170,7 @@ def test_texts_from_outside_do_nothing(show, pictures):
     assert EVIL in page.locator("#pictures h3").all_text_contents()
     assert page.locator(f"img[alt*={json.dumps(EVIL)}]").count() == 2 * len(pictures.comparisons) + 1 + 3
     assert page.locator("img[src=x]").count() == 0
-    assert page.locator("script").count() == 4 + 1  # its own and the costs
+    assert page.locator("script").count() == 6 + 1  # its own and the costs
     # The explorer puts a schedule's name into its words and its figure.
     name = page.locator("#hops-of option").nth(1).text_content()
     assert "</script><script>broken=1</script>" in name
@@ -172,6 +189,76 @@ def test_worst_first_and_other_orders(show, pictures):
             page.locator("#sort").select_option(choice)
         numbers = [int(case.get_attribute("data-number")) for case in page.locator(".case").all()]
         assert numbers == expected, choice
+
+
+def test_twenty_at_a_time(show, many):
+    page = show(many)
+
+    def shown() -> list[int]:
+        return [int(case.get_attribute("data-number")) for case in page.locator(".case:visible").all()]
+
+    upper, lower = page.locator(".pager").all()
+    assert shown() == list(range(44, 24, -1))
+    assert upper.locator("output").inner_text() == "1 to 20 of 45"
+    assert upper.locator("button").first.is_disabled()
+    lower.get_by_label("The next pictures").click()
+    assert shown() == list(range(24, 4, -1))
+    assert page.locator(".case:visible").first.bounding_box()["y"] >= 0  # back to the first of them
+    upper.get_by_label("The next pictures").press("Enter")
+    assert shown() == [4, 3, 2, 1, 0]
+    assert upper.locator("output").inner_text() == lower.locator("output").inner_text() == "41 to 45 of 45"
+    assert lower.locator("button").last.is_disabled()
+    page.locator("#sort").select_option("given")
+    assert shown() == list(range(20))
+
+
+def test_long_prompts_are_cut_short_and_open(show, many):
+    for width in (1200, 390):
+        page = show(many, viewport={"width": width, "height": 900})
+        latin, arabic = page.locator(".case h3").all()[:2]
+        for text in (latin, arabic):
+            lines = text.bounding_box()["height"] / 24
+            assert 3 < lines < 5
+        assert page.locator(".more:visible").count() == 2  # the other prompts are short
+        assert arabic.evaluate("(e) => getComputedStyle(e).direction") == "rtl"
+        assert latin.evaluate("(e) => getComputedStyle(e).direction") == "ltr"
+        more = page.locator(".more").first
+        more.press("Enter")
+        assert latin.bounding_box()["height"] > 200 and more.get_attribute("aria-expanded") == "true"
+        more.press("Enter")
+        arabic.click()
+        assert latin.bounding_box()["height"] < 130 < 200 < arabic.bounding_box()["height"]
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+
+
+def test_zoom_shows_every_pixel(show, many):
+    page = show(many)
+    case = page.locator(".case").first
+    case.get_by_role("button", name="Zoom").click()
+    dialog, pane, wipe = page.locator("#zoom"), page.locator("#pane"), page.locator("#wipe")
+    assert dialog.locator("#zoom-title").inner_text() == LONG.strip()
+    box = dialog.locator(".cached").bounding_box()
+    assert (box["width"], box["height"]) == (600, 600)  # although they are carried reduced
+    dialog.locator("[name=zoom][value='200']").check(force=True)
+    box = dialog.locator(".cached").bounding_box()
+    assert (box["width"], box["height"]) == (1200, 1200)
+    # The line stays where it is in the window, the picture moves beneath it.
+    wipe.fill("25")
+    window, line = pane.bounding_box(), dialog.locator(".line")
+    middle = pane.evaluate("(e) => e.clientWidth") / 4 - 1
+    assert line.bounding_box()["x"] == pytest.approx(window["x"] + middle, abs=1)
+    before = pane.evaluate("(e) => e.scrollTop")
+    page.mouse.move(window["x"] + 300, window["y"] + 300)
+    page.mouse.down()
+    page.mouse.move(window["x"] + 300, window["y"] + 200)
+    page.mouse.up()
+    assert pane.evaluate("(e) => e.scrollTop") == before + 100
+    assert line.bounding_box()["x"] == pytest.approx(window["x"] + middle, abs=1)
+    assert not dialog.locator(".difference").is_visible()
+    dialog.get_by_label("Difference").check()
+    assert dialog.locator(".difference").is_visible() and wipe.is_disabled()
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible()
 
 
 def test_the_slider_divides_full_from_cached(show, pictures):

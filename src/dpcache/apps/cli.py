@@ -129,7 +129,7 @@ app.command(epilog="Example: `dpcache show flux.safetensors -k 13`, `dpcache sho
     show
 )
 app.command(epilog="Example: `dpcache export flux-13.json --to cache-dit -o flux_13.py`")(export)
-app.command(epilog="Example: `dpcache ui tiny-flux`")(ui)
+app.command(epilog="Example: `dpcache ui`, `dpcache ui tiny-flux -k 9`")(ui)
 
 
 def main() -> None:

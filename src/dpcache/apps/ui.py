@@ -1,131 +1,42 @@
-"""The page in a browser: draws one input in full and cached, side by side, with times and how far they are apart."""
+"""The page in a browser: draws one input in full and cached, with times, how far they are apart, and the curve of K."""
 
-import html
-import inspect
 import math
 import tempfile
-import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
-import torch
 
+from dpcache.checks import whole
 from dpcache.errors import DPCacheError, missing_extra
-from dpcache.judge.metrics import Picture, psnr, ssim
-from dpcache.plan.recipe import Recipe
-from dpcache.run.inputs import Input, call_arguments, label, quiet, seeded
-from dpcache.run.pipelines import enabled, stats
+from dpcache.judge.differences import amplification, heat
+from dpcache.judge.metrics import Picture
+from dpcache.run.inputs import Input, label
 
 try:
     import gradio as gr
 except ImportError as error:
     raise missing_extra("`dpcache ui`", error, "dpcache[ui]") from error
 
-if TYPE_CHECKING:
-    from dpcache.measure.calibration import Calibration
+from . import ui_looks as looks
+from .commands.failures import failure
+from .studio import Asked, Drawn, Studio
+from .ui_looks import CACHED, FULL
 
-#: So many full runs are remembered: another number of key steps needs no other full run.
-_REMEMBERED = 8
 #: Pictures narrower than this are shown enlarged, pixel by pixel.
 _SMALL = 128
 #: Clips up to this many pixels are kept exact, larger ones are compressed.
 _LOSSLESS_PIXELS = 2**20
 _FRAME_MILLISECONDS = 125
-FULL, CACHED = "In full", "With the cache"
+#: The curve is drawn without being asked for, where a full run takes no longer than this.
+_QUICK_SECONDS = 60.0
+_HEIGHT = "36vh"
+#: Follows the pipeline's own progress bar.
+_PROGRESS = gr.Progress(track_tqdm=True)
 
-
-@dataclass(frozen=True)
-class Drawn:
-    """One output and how it came about.
-
-    Attributes:
-        picture: float [H, W, C] in [0, 1], or [F, H, W, C] for a clip.
-        seconds: time of the pipeline's call, text encoding and decoding included.
-        key_steps: steps computed in full.
-    """
-
-    picture: Picture
-    seconds: float
-    key_steps: tuple[int, ...]
-
-
-class Studio:
-    """Draws with one pipeline and plans from one calibration; remembers the latest full runs.
-
-    Args:
-        pipeline: a diffusers pipeline.
-        calibration: what to plan from, for any number of key steps.
-        arguments: of every call of the pipeline, beside the input, seed and number of steps.
-    """
-
-    def __init__(self, pipeline: Any, calibration: "Calibration", arguments: Mapping[str, Any]) -> None:
-        self.pipeline, self.calibration = pipeline, calibration
-        self.arguments = {**arguments, "output_type": "np"}
-        #: The paper's costs need nothing of what a scheduler hides, but are good for the recorded grid alone.
-        self.recipe = Recipe(method="sampler" if len(calibration.gram) else "paper")
-        self._full: OrderedDict[Any, Drawn] = OrderedDict()
-
-    @property
-    def takes_classes(self) -> bool:
-        """Whether its inputs are class labels instead of prompts."""
-        return "class_labels" in inspect.signature(type(self.pipeline).__call__).parameters
-
-    @property
-    def class_names(self) -> list[tuple[str, int]]:
-        """Names and numbers of the classes, in the order of their numbers."""
-        names = {number: name for name, number in getattr(self.pipeline, "labels", {}).items()}
-        config = self.pipeline.transformer.config
-        count = len(names) or int(config.get("num_embeds_ada_norm") or 1)
-        return [(names.get(number, str(number)), number) for number in range(count)]
-
-    def call(self, given: Any, steps: int) -> dict[str, Any]:
-        """Arguments of the call for a prompt, a class or whole input."""
-        if not isinstance(given, Mapping):
-            given = {"class_labels": [int(given)]} if self.takes_classes else str(given)
-        return call_arguments([given], {**self.arguments, "num_inference_steps": steps})[0]
-
-    def remembered(self, given: Any, seed: int, steps: int) -> Drawn | None:
-        """The full run of this input, if it was drawn lately."""
-        return self._full.get((given, seed, steps))
-
-    def full(self, given: Any, seed: int, steps: int) -> Drawn:
-        """The input drawn in full."""
-        key = (given, seed, steps)
-        if key not in self._full:
-            picture, seconds = self._timed(given, seed, steps)
-            self._full[key] = Drawn(picture, seconds, tuple(range(steps)))
-            while len(self._full) > _REMEMBERED:
-                self._full.popitem(last=False)
-        self._full.move_to_end(key)
-        return self._full[key]
-
-    def cached(self, given: Any, seed: int, steps: int, num_key_steps: int) -> Drawn:
-        """The input drawn by a plan with this many key steps.
-
-        Raises:
-            DPCacheError: there is no such plan.
-        """
-        with enabled(self.pipeline, self.calibration, num_key_steps=num_key_steps, recipe=self.recipe):
-            picture, seconds = self._timed(given, seed, steps)
-            return Drawn(picture, seconds, stats(self.pipeline).computed_steps)
-
-    def warm_up(self, given: Input) -> Picture:
-        """A call of two steps: the first one pays for what is set up once. Returns what it drew."""
-        with quiet(self.pipeline):
-            return self._timed(given, 0, 2)[0]
-
-    def _timed(self, given: Any, seed: int, steps: int) -> tuple[Picture, float]:
-        arguments = seeded(self.pipeline, self.call(given, steps), seed)
-        start = time.perf_counter()
-        output = self.pipeline(**arguments)
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        seconds = time.perf_counter() - start
-        return np.asarray(output[0][0]), seconds
+Answer = Iterator[tuple[Any, ...]]
 
 
 def build(
@@ -135,55 +46,67 @@ def build(
 
     Args:
         studio: what draws.
-        inputs: examples to offer; the first is what the page begins with.
+        inputs: examples to offer; the first is what the page begins with, drawn.
         title: name of the model.
         num_key_steps: K to begin with.
     """
-    facts = studio.calibration.facts
-    steps, fixed_grid = facts.num_inference_steps, studio.calibration.grid is None or studio.recipe.method == "paper"
+    steps = studio.steps
     first = studio.warm_up(inputs[0])
     examples = [_value(studio, given) for given in inputs]
-    folder = tempfile.TemporaryDirectory(prefix="dpcache-ui-")
-
-    def shown(drawn: Drawn) -> str:
-        return str(_write(drawn.picture, Path(folder.name)))
-
-    def draw(
-        given: Any, seed: float, num_key_steps: float, num_steps: float, progress: Any = _PROGRESS
-    ) -> Iterator[tuple[Any, ...]]:
-        """Draws an input in full, unless that was done lately, and with this many key steps."""
-        seed, k, t = int(seed), int(num_key_steps), int(num_steps)
-        try:
-            known = studio.remembered(given, seed, t)
-            if known is None:
-                yield None, None, _caption(FULL, "drawing ..."), _caption(CACHED, "waiting"), _summary(None, None, t)
-            full = studio.full(given, seed, t)
-            told = _caption(FULL, *_told(full, t))
-            yield shown(full), None, told, _caption(CACHED, "drawing ..."), _summary(full, None, t)
-            cached = studio.cached(given, seed, t, k)
-            yield shown(full), shown(cached), told, _caption(CACHED, *_told(cached, t)), _summary(full, cached, t)
-        except (DPCacheError, ValueError) as error:
-            raise gr.Error(str(error), duration=None, print_exception=False) from error
-
-    def redraw(given: Any, seed: float, num_key_steps: float, num_steps: float) -> Iterator[tuple[Any, ...]]:
-        """Draws anew where only the number of key steps is another: the full run is there."""
-        if studio.remembered(given, int(seed), int(num_steps)) is None:
-            yield (gr.skip(),) * 5
-        else:
-            yield from draw(given, seed, num_key_steps, num_steps)
+    small = "dp-small" if first.shape[-2] < _SMALL else ""
 
     with gr.Blocks(title=f"dpcache: {title}", analytics_enabled=False, fill_width=True) as page:
-        gr.HTML(_head(title, studio))
+        gr.HTML(looks.head(title, studio))
         with gr.Row(equal_height=False, elem_id="studio"):
-            with gr.Column(scale=1, min_width=300, elem_id="controls"):
+            with gr.Column(scale=1, min_width=280, elem_id="controls"):
                 given: Any
                 if studio.takes_classes:
                     given = gr.Dropdown(studio.class_names, value=examples[0], label="Class")
                 else:
                     given = gr.Textbox(examples[0], label="Prompt", lines=3, max_lines=6, submit_btn=False)
                 with gr.Row(elem_id="seed-row"):
-                    seed = gr.Number(0, label="Seed", precision=0, minimum=0, scale=3, min_width=120)
+                    seed = gr.Number(0, label="Seed", precision=0, scale=3, min_width=120)
                     dice = gr.Button("Another", scale=1, min_width=90, elem_id="dice")
+                about_steps = "of the whole run"
+                if studio.calibration is not None:
+                    about_steps = f"Calibrated on {steps}; plans for others are interpolated."
+                num_steps = gr.Slider(
+                    min(4, steps),
+                    steps if studio.fixed_grid else max(100, steps),
+                    steps,
+                    step=1,
+                    label="Steps, T",
+                    info=about_steps,
+                    interactive=not studio.fixed_grid,
+                    buttons=[],
+                    elem_classes="dp-typed",
+                )
+                button = gr.Button("Draw", variant="primary", size="lg")
+                if len(examples) > 1 and not studio.takes_classes:
+                    gr.Examples([[text] for text in examples], [given], label="Examples")
+            with gr.Column(scale=3, min_width=300, elem_id="shown"):
+                with gr.Tabs():
+                    with gr.Tab("Side by side"), gr.Row(equal_height=True, elem_id="pictures", elem_classes=small):
+                        with gr.Column(min_width=120):
+                            full_caption = gr.HTML(looks.caption(FULL, "nothing drawn yet"))
+                            full_picture = _picture(FULL, elem_classes="dp-picture")
+                        with gr.Column(min_width=120):
+                            cached_caption = gr.HTML(looks.caption(CACHED, "nothing drawn yet"))
+                            cached_picture = _picture(CACHED, elem_classes="dp-picture")
+                    with gr.Tab("Slider"):
+                        wipe = gr.ImageSlider(
+                            label="Left in full, right cached",
+                            type="filepath",
+                            format="png",
+                            interactive=False,
+                            buttons=["fullscreen"],
+                            max_height=440,
+                            elem_id="wipe",
+                            elem_classes=small,
+                        )
+                    with gr.Tab("Difference"):
+                        difference_caption = gr.HTML(looks.caption("Difference", "nothing drawn yet"))
+                        difference = _picture("Difference", elem_classes=f"dp-picture {small}")
                 key_steps = gr.Slider(
                     1,
                     steps,
@@ -192,41 +115,136 @@ def build(
                     label="Key steps, K",
                     info="Computed in full; all others are predicted. It redraws when you let go.",
                     buttons=[],
+                    elem_classes="dp-typed",
                 )
-                num_steps = gr.Slider(
-                    min(4, steps),
-                    steps if fixed_grid else max(100, steps),
-                    steps,
-                    step=1,
-                    label="Steps, T",
-                    info=f"Calibrated on {steps}; plans for others are interpolated.",
-                    interactive=not fixed_grid,
-                    buttons=[],
-                )
-                button = gr.Button("Draw", variant="primary", size="lg")
-                if len(examples) > 1 and not studio.takes_classes:
-                    gr.Examples([[text] for text in examples], [given], label="Examples")
-            with gr.Column(scale=3, min_width=480):
-                with gr.Row(equal_height=True, elem_id="pictures", elem_classes="small" if _narrow(first) else ""):
-                    with gr.Column(min_width=220):
-                        full_caption = gr.HTML(_caption(FULL, "nothing drawn yet"))
-                        full_picture = _picture(FULL)
-                    with gr.Column(min_width=220):
-                        cached_caption = gr.HTML(_caption(CACHED, "nothing drawn yet"))
-                        cached_picture = _picture(CACHED)
-                summary = gr.HTML(_summary(None, None, steps))
-        asked = [given, seed, key_steps, num_steps]
+                with gr.Row(elem_id="curve-head"):
+                    gr.HTML("<p class='dp-muted'>PSNR against the full run in dB, by K and T/K. Press a point.</p>")
+                    measure = gr.Button("Draw the whole curve", size="sm", min_width=150, scale=0)
+                    save = gr.DownloadButton("Save this schedule", interactive=False, size="sm", min_width=150, scale=0)
+                curve = gr.HTML(looks.curve({}, 0, steps), js_on_load=looks.PICKS)
+                summary = gr.HTML(looks.summary(None, None, steps))
+
         answer = [full_picture, cached_picture, full_caption, cached_caption, summary]
+        answer += [wipe, difference, difference_caption, curve, save]
+        artist = _Artist(studio, title)
+        asked = [given, seed, key_steps, num_steps]
         together: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "show_progress": "full"}
         together["show_progress_on"] = [full_picture, cached_picture]
+        private: dict[str, Any] = {**together, "api_visibility": "private"}
+        opening = page.load(artist.open, asked, answer, **private)
+        whole_curve = measure.click(artist.measure, asked, answer, **private)
+        redrawing = {**private, "trigger_mode": "always_last", "cancels": [opening, whole_curve]}
         triggers = [button.click] if studio.takes_classes else [button.click, given.submit]
-        gr.on(triggers, draw, asked, answer, api_name="draw", **together)
-        key_steps.release(redraw, asked, answer, api_visibility="private", trigger_mode="always_last", **together)
+        gr.on(triggers, artist.draw, asked, answer, api_name="draw", cancels=[opening, whole_curve], **together)
+        key_steps.release(artist.redraw, asked, answer, **redrawing)
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
+        curve.select(_picked, [], [key_steps], **hidden).then(artist.redraw, asked, answer, **redrawing)
         dice.click(_another_seed, [], [seed], **hidden)
         num_steps.change(_limited, [num_steps, key_steps], [key_steps], **hidden)
-    look = {"css": _CSS, "theme": _theme(), "footer_links": []}
+    look = {"css": looks.CSS, "js": looks.TYPED, "theme": looks.theme(), "footer_links": [], "show_error": True}
     return page, look
+
+
+class _Artist:
+    """What the page's buttons do. Everything yields what the page shows, in the order of `build`'s answer."""
+
+    def __init__(self, studio: Studio, title: str) -> None:
+        self.studio, self.title = studio, title
+        self._files = tempfile.TemporaryDirectory(prefix="dpcache-ui-")
+        self.folder = Path(self._files.name)
+
+    def draw(
+        self, given: Any, seed: float, num_key_steps: float, num_steps: float, progress: Any = _PROGRESS
+    ) -> Answer:
+        """Draws an input in full, unless that was done lately, and with this many key steps."""
+        with _in_words():
+            asked, k = _checked(given, seed, num_key_steps, num_steps)
+            if self.studio.remembered(asked) is None:
+                yield self._shown(asked, k, None, None)
+            full = self.studio.full(asked)
+            if self.studio.remembered(asked, k) is None:
+                yield self._shown(asked, k, full, None)
+            yield self._shown(asked, k, full, self.studio.cached(asked, k))
+
+    def redraw(self, given: Any, seed: float, num_key_steps: float, num_steps: float) -> Answer:
+        """Draws where only the number of key steps is another: the full run is there."""
+        with _in_words():
+            asked, _ = _checked(given, seed, num_key_steps, num_steps)
+        if self.studio.remembered(asked) is not None:
+            yield from self.draw(given, seed, num_key_steps, num_steps)
+
+    def open(self, given: Any, seed: float, num_key_steps: float, num_steps: float) -> Answer:
+        """What the page begins with: the first example, and the curve where that does not take long."""
+        yield from self.draw(given, seed, num_key_steps, num_steps)
+        asked, _ = _checked(given, seed, num_key_steps, num_steps)
+        if self.studio.full(asked).seconds <= _QUICK_SECONDS:
+            yield from self.measure(given, seed, num_key_steps, num_steps)
+
+    def measure(
+        self, given: Any, seed: float, num_key_steps: float, num_steps: float, progress: Any = _PROGRESS
+    ) -> Answer:
+        """Draws with every number of key steps of the curve, and shows the one that is chosen."""
+        yield from self.draw(given, seed, num_key_steps, num_steps)
+        with _in_words():
+            asked, k = _checked(given, seed, num_key_steps, num_steps)
+            for other in self.studio.ladder(asked.steps):
+                self.studio.cached(asked, other)
+                found = looks.curve(self.studio.curve(asked), k, asked.steps)
+                yield (*(gr.skip(),) * 8, found, gr.skip())
+
+    def _shown(self, asked: Asked, k: int, full: Drawn | None, cached: Drawn | None) -> tuple[Any, ...]:
+        steps = asked.steps
+        about = looks.summary(full, cached, steps)
+        curve = looks.curve(self.studio.curve(asked), k, steps)
+        save: Any = gr.update(value=None, interactive=False)
+        if full is None:
+            told = (looks.caption(FULL, "drawing ..."), looks.caption(CACHED, "waiting"))
+            return None, None, *told, about, None, None, looks.caption("Difference", "waiting"), curve, save
+        whole_run, first = self._written(full.picture), looks.caption_of(FULL, full, steps)
+        if cached is None:
+            told = (first, looks.caption(CACHED, "drawing ..."))
+            return whole_run, None, *told, about, None, None, looks.caption("Difference", "waiting"), curve, save
+        second = self._written(cached.picture)
+        amplified = amplification(full.picture, [cached.picture])
+        differing = self._written(heat(full.picture, cached.picture, amplified) / 255)
+        how = looks.caption("Difference", f"times {amplified:,.0f}; black is none")
+        if cached.schedule is not None:
+            path = Path(tempfile.mkdtemp(dir=self.folder)) / f"{Path(self.title).name}-{k}-of-{steps}.json"
+            cached.schedule.save(path)
+            save = gr.update(value=str(path), interactive=True)
+        told = (first, looks.caption_of(CACHED, cached, steps))
+        return whole_run, second, *told, about, (whole_run, second), differing, how, curve, save
+
+    def _written(self, picture: Picture) -> str:
+        return str(_write(picture, self.folder))
+
+
+@contextmanager
+def _in_words() -> Iterator[None]:
+    """Whatever goes wrong is told on the page; what nobody foresaw is shown in the terminal as well."""
+    try:
+        yield
+    except (gr.Error, GeneratorExit):
+        raise
+    except (DPCacheError, TypeError, ValueError) as error:
+        raise gr.Error(str(error), duration=None, print_exception=False) from error
+    except Exception as error:
+        raise gr.Error(failure(error).message, duration=None) from error
+
+
+def _checked(given: Any, seed: float, num_key_steps: float, num_steps: float) -> tuple[Asked, int]:
+    """What is asked for.
+
+    Raises:
+        TypeError, ValueError: a number that cannot be.
+    """
+    steps = whole("Steps, T", num_steps, 1)
+    return Asked(given, whole("Seed", seed, 0), steps), whole("Key steps, K", num_key_steps, 1, steps)
+
+
+def _picked(event: gr.EventData) -> int:
+    """The K of the point that was pressed."""
+    return int(event.k)
 
 
 def _another_seed() -> int:
@@ -245,7 +263,7 @@ def _value(studio: Studio, given: Input) -> Any:
     return given
 
 
-def _picture(name: str) -> Any:
+def _picture(name: str, **more: Any) -> Any:
     return gr.Image(
         label=name,
         show_label=False,
@@ -253,12 +271,9 @@ def _picture(name: str) -> Any:
         format="png",
         interactive=False,
         buttons=["download", "fullscreen"],
-        height=440,
+        height=_HEIGHT,
+        **more,
     )
-
-
-def _narrow(picture: Picture) -> bool:
-    return bool(picture.shape[-2] < _SMALL)
 
 
 def _write(picture: Picture, folder: Path) -> Path:
@@ -277,87 +292,3 @@ def _write(picture: Picture, folder: Path) -> Path:
         else:
             first.save(file, "PNG")
     return Path(file.name)
-
-
-def _head(title: str, studio: Studio) -> str:
-    facts = studio.calibration.facts
-    inputs = "1 input" if facts.num_inputs == 1 else f"{facts.num_inputs} inputs"
-    told = f"{facts.pipeline}, calibrated on {inputs} and {facts.num_inference_steps} steps"
-    return f"<header class='dp-head'><h1>{html.escape(title)}</h1><p>{html.escape(told)}</p></header>"
-
-
-def _caption(name: str, told: str, seconds: str = "") -> str:
-    return f"<div class='dp-caption'><b>{name}</b><span>{told}</span><b>{seconds}</b></div>"
-
-
-def _told(drawn: Drawn, num_steps: int) -> tuple[str, str]:
-    return f"{len(drawn.key_steps)} of {num_steps} steps computed", f"{drawn.seconds:.2f} s"
-
-
-def _summary(full: Drawn | None, cached: Drawn | None, num_steps: int) -> str:
-    """Three figures, and which steps were computed."""
-    figures = [("–", "speedup", ""), ("–", "PSNR", ""), ("–", "SSIM", "")]
-    computed: set[int] = set()
-    if full is not None and cached is not None:
-        computed = set(cached.key_steps)
-        distance = psnr(full.picture, cached.picture)
-        figures = [
-            (f"{full.seconds / cached.seconds:.2f}×", "speedup", f"T/K is {num_steps / len(computed):.2f}"),
-            ("equal" if math.isinf(distance) else f"{distance:.1f} dB", "PSNR", "against the full run, in float"),
-            (f"{_ssim(full.picture, cached.picture)}", "SSIM", "1 is equal"),
-        ]
-    tiles = "".join(
-        f"<div><dt>{name}</dt><dd>{value}</dd><small>{note or '&nbsp;'}</small></div>" for value, name, note in figures
-    )
-    cells = "".join(f"<i class='{'on' if t in computed else ''}' title='step {t}'></i>" for t in range(num_steps))
-    told = f"{len(computed)} of {num_steps} steps computed, from the noisiest to the last" if computed else "&nbsp;"
-    strip = f"<div class='dp-strip' role='img' aria-label='{told}'>{cells}</div><p class='dp-muted'>{told}</p>"
-    return f"<section class='dp-summary'><dl>{tiles}</dl>{strip}</section>"
-
-
-def _ssim(truth: Picture, other: Picture) -> str:
-    try:
-        return f"{ssim(truth, other):.4f}"
-    except ValueError:  # smaller than its window
-        return "–"
-
-
-#: Follows the pipeline's own progress bar.
-_PROGRESS = gr.Progress(track_tqdm=True)
-
-
-def _theme() -> Any:
-    """Of fonts that are there, for nothing is fetched from elsewhere."""
-    fonts = ["system-ui", "Segoe UI", "Roboto", "Helvetica Neue", "Arial", "sans-serif"]
-    return gr.themes.Base(
-        primary_hue=gr.themes.colors.blue,
-        neutral_hue=gr.themes.colors.slate,
-        font=fonts,
-        font_mono=["ui-monospace", "Consolas", "monospace"],
-        radius_size=gr.themes.sizes.radius_sm,
-    )
-
-
-_CSS = """
-.dp-head h1 { font-size: 1.6rem; font-weight: 650; margin: .2rem 0 0; }
-.dp-head p, .dp-muted { color: var(--body-text-color-subdued); margin: 0; }
-.dp-caption { display: flex; gap: .75rem; align-items: baseline; font-variant-numeric: tabular-nums; }
-.dp-caption b { font-size: 1.1rem; font-weight: 600; white-space: nowrap; }
-.dp-caption span { flex: 1; color: var(--body-text-color-subdued); }
-#pictures > div { gap: .35rem; }
-#seed-row { align-items: end; }
-#pictures img { width: 100%; height: 100%; object-fit: contain; }
-#pictures.small img { image-rendering: pixelated; }
-.dp-summary dl { display: grid; grid-template-columns: repeat(3, 1fr); gap: 1rem; margin: .4rem 0 1.1rem; }
-.dp-summary dl div { border-top: 2px solid var(--border-color-primary); padding-top: .5rem; }
-.dp-summary dt { color: var(--body-text-color-subdued); }
-.dp-summary dd {
-  font-size: clamp(1.15rem, 4.5vw, 1.9rem); line-height: 1.2; font-weight: 650; margin: 0;
-  white-space: nowrap; font-variant-numeric: tabular-nums;
-}
-.dp-summary dl div:first-child dd { color: var(--primary-500); }
-.dp-summary small { color: var(--body-text-color-subdued); }
-.dp-strip { display: flex; gap: 2px; height: 1.6rem; margin-bottom: .35rem; }
-.dp-strip i { flex: 1; border-radius: 2px; background: var(--border-color-primary); }
-.dp-strip i.on { background: var(--primary-500); }
-"""

@@ -87,7 +87,9 @@ def compare(
         interrupted, comparisons = interrupt, interrupt.comparisons
     done = len(comparisons[0].full_seconds)
     if report is not None:
-        write_report(report, title=f"dpcache on {model}", model=model, comparisons=comparisons)
+        write_report(
+            report, title=f"dpcache on {model}", model=model, comparisons=comparisons, **_costs(measured, steps)
+        )
     terminal.result(
         {
             "model": model,
@@ -158,6 +160,20 @@ def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Tab
             *([] if c.flip_mean is None else [f"{c.flip_mean:.4f}"]),
         )
     return found
+
+
+def _costs(calibration: "Calibration | None", steps: int) -> dict[str, Any]:
+    """What the report tells of a calibration: its costs, and the best plans for every K."""
+    from dpcache.errors import CalibrationError, GridError
+
+    if calibration is None:
+        return {}
+    try:
+        there = calibration.on_grid(steps)
+        return {"calibration": there, "plans": there.plan_all()}
+    except (CalibrationError, GridError) as error:
+        terminal.note(f"the report says nothing of costs: {error}")
+        return {}
 
 
 def _schedules(model: str, names: Sequence[str], steps: int | None) -> "list[tuple[Source, Schedule]]":

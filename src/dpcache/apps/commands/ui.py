@@ -15,17 +15,17 @@ from .options import CALIBRATION_HELP, KeySteps, Model, PromptFile, Prompts, Set
 
 @loads
 def ui(
-    model: Model,
+    model: Model = "hard-flux",
     prompts: Prompts = None,
     calibration: Annotated[
-        str | None, typer.Option("--calibration", help=f"{CALIBRATION_HELP}. Unless given, it calibrates.")
+        str | None, typer.Option("--calibration", help=f"{CALIBRATION_HELP}. Unless given, nothing is calibrated.")
     ] = None,
     prompt_file: PromptFile = None,
-    steps: Annotated[int, typer.Option("--steps", "-t", min=4, help="T, if it calibrates: of the sampling loop.")] = 50,
+    steps: Annotated[int, typer.Option("--steps", "-t", min=4, help="T, without --calibration.")] = 50,
     sensitivity: Annotated[
-        Literal["sampler", "measured"],
-        typer.Option(help="What an error does, if it calibrates: measured (some ten times as many runs, far better)."),
-    ] = "measured",
+        Literal["sampler", "measured"] | None,
+        typer.Option(help="Calibrate at start: by 2 full runs, or measured by some 25, far better."),
+    ] = None,
     num_key_steps: KeySteps = 13,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
     port: Annotated[int | None, typer.Option(help="Port to listen on [a free one from 7860].")] = None,
@@ -35,18 +35,20 @@ def ui(
 ) -> None:
     """Opens a page that draws prompts in full and cached, side by side, with times, for any number of key steps.
 
-    Calibrates at start unless given a --calibration: some 25 full runs, or 2 with --sensitivity sampler. The prompts
-    given are calibrated on and offered. Ctrl-C ends it.
+    It begins with the first prompt, drawn, and the curve of quality against K. Unless given a --calibration or told to
+    calibrate by --sensitivity, key steps lie on a smooth curve. The prompts given are offered. Ctrl-C ends it.
 
     --json: model, calibration (the one given, or null), url; told as soon as the page is there.
     """
-    from dpcache.apps.ui import Studio, build
+    from dpcache.apps.studio import Studio
+    from dpcache.apps.ui import build
 
     found = read_calibration(calibration) if calibration is not None else None
-    inputs = read_inputs(model, prompts, prompt_file, held_out=found is not None, count=2)
+    calibrates = found is None and sensitivity is not None
+    inputs = read_inputs(model, prompts, prompt_file, held_out=not calibrates, count=2 if calibrates else 4)
     arguments = read_settings(model, settings, loading)
     pipeline, inputs = load(model, inputs, arguments, loading)
-    if found is None:
+    if found is None and sensitivity is not None:
         from dpcache.measure.measuring import calibrate
 
         terminal.note(f"calibrating {model} on {terminal.counted(len(inputs), 'input')}, {steps} steps each")
@@ -58,7 +60,7 @@ def ui(
             progress=terminal.progress(),
             **arguments,
         )
-    page, look = build(Studio(pipeline, found, arguments), inputs, title=model, num_key_steps=num_key_steps)
+    page, look = build(Studio(pipeline, found, arguments, steps), inputs, title=model, num_key_steps=num_key_steps)
     _, url, _ = page.launch(
         server_name=host, server_port=port, inbrowser=browser, prevent_thread_lock=True, quiet=True, **look
     )

@@ -4,7 +4,7 @@ import base64
 import hashlib
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
@@ -15,9 +15,10 @@ import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dpcache import __version__
+from dpcache import __version__, checks
 from dpcache.files.whole import write_whole
-from dpcache.judge.comparison import Comparison, Sample
+from dpcache.judge.comparison import Comparison
+from dpcache.judge.differences import amplification
 from dpcache.measure.calibration import Calibration
 from dpcache.plan.costs import CostTensor
 from dpcache.plan.planner import Plan
@@ -25,12 +26,19 @@ from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Schedule
 
 from .explorer import explorer_data, path_cost
-from .pictures import Embedded, amplification, common_scale, embed, embed_difference
+from .pictures import PACKINGS, Embedded, Packing, embed, embed_difference
 from .plots import MAP_AREA, cost_map, trade_off
+from .quality import histogram, quality_curve
 from .timeline import timeline
 
 #: What the page's scripts are made of, each a module of its own.
-SCRIPTS = ("theme.js", "pictures.js", "schedules.js", "costs.js")
+SCRIPTS = ("theme.js", "pictures.js", "pages.js", "zoom.js", "schedules.js", "costs.js")
+#: What a report may weigh, in millions of bytes: so much a browser opens at once.
+MEGABYTES = 50.0
+#: So many inputs are packed to find out how much all of them would take.
+TRIED = 6
+#: Fewer pictures than this need no histogram.
+MANY = 20
 
 
 @dataclass(frozen=True)
@@ -74,6 +82,11 @@ class Case:
     amplified: str
     shots: tuple[Shot, ...]
 
+    @property
+    def size(self) -> int:
+        """Bytes that its pictures take in the page."""
+        return sum(shot.media.size + (shot.difference.size if shot.difference else 0) for shot in self.shots)
+
 
 @dataclass(frozen=True)
 class Script:
@@ -93,12 +106,13 @@ def write_report(
     recipe: Recipe = Recipe(),
     plans: Mapping[int, Plan] = {},
     facts: Mapping[str, str] = {},
+    megabytes: float = MEGABYTES,
 ) -> Path:
     """Writes one HTML page, complete in itself, for readers who have never heard of the method.
 
     The page loads nothing and may not: styles, scripts, figures and pictures are inside, and its own policy forbids
-    connections and any script but these. Pictures are reduced where they would make it too heavy for a browser; the
-    figures are always of the originals.
+    connections and any script but these. Pictures are exact where there is room; else they are compressed, then reduced
+    to 70 % of their size at the least, then only the worst are shown. The figures are always of all the originals.
 
     Args:
         path: the file; written whole or not at all.
@@ -109,20 +123,19 @@ def write_report(
         recipe: how the schedules were planned.
         plans: {K: Plan}, as `calibration.plan_all` gives them, for the curve of cost against K.
         facts: further facts to list at the end, {name: value}.
+        megabytes: the most that the file may weigh, in millions of bytes; one input is shown even if it weighs more.
 
     Returns:
         The path written.
 
     Raises:
-        ValueError: no comparisons or samples, comparisons over different inputs, or a schedule for another number of
-            steps than the calibration's.
+        ValueError: no comparisons or samples, comparisons over different inputs, a schedule for another number of
+            steps than the calibration's, or a weight that is not above 0.
     """
+    room = checks.number("megabytes", megabytes, 0, above=True) * 1e6
     _check(calibration, comparisons)
     names = schedule_names([comparison.schedule for comparison in comparisons])
     named = dict(zip(names, comparisons, strict=True))
-    cached = [sample.cached for comparison in comparisons for sample in comparison.samples]
-    # Every cached picture comes with one of its differences.
-    scale = common_scale([sample.full for sample in comparisons[0].samples] + 2 * cached)
     timesteps = calibration.facts.timesteps if calibration else ()
     environment = Environment(
         loader=PackageLoader("dpcache.judge.report", "."),
@@ -131,25 +144,49 @@ def write_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("template.html").render(
-        title=title,
-        model=model,
-        summary=_summary(named, model),
-        steps=comparisons[0].schedule.num_inference_steps,
-        noun=_noun(comparisons),
-        baseline=_baseline(comparisons[0]),
-        rows=[_row(name, comparison) for name, comparison in named.items()],
-        cases=_cases(named, scale),
-        scale=scale,
-        timelines={name: timeline(comparison.schedule, timesteps) for name, comparison in named.items()},
-        plans=dict(sorted(plans.items())),
-        facts={**(_calibration_facts(calibration) if calibration else {}), **facts, **_versions()},
-        method=recipe.method,
-        figures=_figures(calibration.cost(recipe), named, plans) if calibration else None,
-        style=Markup(_part("page.css")),
-        scripts=[_script(name) for name in SCRIPTS],
-    )
-    return write_whole(path, lambda part: part.write_text(page, encoding="utf-8"))
+    template = environment.get_template("template.html")
+    told = {
+        "title": title,
+        "model": model,
+        "summary": _summary(named, model),
+        "steps": comparisons[0].schedule.num_inference_steps,
+        "noun": _noun(comparisons),
+        "baseline": _baseline(comparisons[0]),
+        "rows": [_row(name, comparison) for name, comparison in named.items()],
+        "count": len(comparisons[0].samples),
+        "quality": _quality(named, calibration, recipe, plans),
+        "timelines": {name: timeline(comparison.schedule, timesteps) for name, comparison in named.items()},
+        "plans": dict(sorted(plans.items())),
+        "facts": {**(_calibration_facts(calibration) if calibration else {}), **facts, **_versions()},
+        "method": recipe.method,
+        "figures": _figures(calibration.cost(recipe), named, plans) if calibration else None,
+        "style": Markup(_part("page.css")),
+        "scripts": [_script(name) for name in SCRIPTS],
+    }
+
+    def render(cases: Sequence[Case], packing: Packing) -> bytes:
+        return template.render(**told, cases=cases, packing=packing, megabytes=megabytes).encode()
+
+    page = _packed(named, room, render)
+    return write_whole(path, lambda part: part.write_bytes(page))
+
+
+def _packed(named: Mapping[str, Comparison], room: float, render: Callable[[Sequence[Case], Packing], bytes]) -> bytes:
+    """The page with its pictures as good as there is room for; if there is too little, with the worst ones alone."""
+    order = _worst_first(named)
+    rest = len(render([], Packing()))
+    cases: list[Case] = []
+    for packing in PACKINGS:
+        some = [_case(n, named, packing).size for n in order[:: max(1, len(order) // TRIED)]]
+        if rest + np.mean(some) * len(order) > room and packing is not PACKINGS[-1]:
+            continue
+        cases = [_case(n, named, packing) for n in order]
+        page = render(cases, packing)
+        if len(page) <= room:
+            return page
+    rest = len(page) - sum(case.size for case in cases)
+    ends = rest + np.cumsum([case.size for case in cases])
+    return render(cases[: max(1, int(np.searchsorted(ends, room, side="right")))], packing)
 
 
 def schedule_names(schedules: Sequence[Schedule]) -> list[str]:
@@ -261,27 +298,26 @@ def _duration(seconds: float) -> str:
     return f"{seconds * 1000:.0f} ms" if seconds < 1 else f"{seconds:.2f} s" if seconds < 100 else f"{seconds:.0f} s"
 
 
-def _cases(named: Mapping[str, Comparison], scale: float) -> list[Case]:
-    """Every input with its pictures, the one with the worst PSNR under any schedule first."""
-    comparisons = list(named.values())
-    count = len(comparisons[0].samples)
-    order = sorted(range(count), key=lambda n: min(comparison.samples[n].psnr for comparison in comparisons))
-    return [_case(n, {name: c.samples[n] for name, c in named.items()}, scale) for n in order]
+def _worst_first(named: Mapping[str, Comparison]) -> list[int]:
+    """Numbers of the inputs, the one with the worst PSNR under any schedule first."""
+    worst = np.min([[sample.psnr for sample in comparison.samples] for comparison in named.values()], axis=0)
+    return [int(n) for n in np.argsort(worst, kind="stable")]
 
 
-def _case(number: int, samples: Mapping[str, Sample], scale: float) -> Case:
+def _case(number: int, named: Mapping[str, Comparison], packing: Packing) -> Case:
+    samples = {name: comparison.samples[number] for name, comparison in named.items()}
     first = next(iter(samples.values()))
     label = first.label or f"input {number}"
     amplified = amplification(first.full, [sample.cached for sample in samples.values()])
-    full = Shot("Full", "", "", f"{label}, seed {first.seed}, drawn in full", embed(first.full, scale))
+    full = Shot("Full", "", "", f"{label}, seed {first.seed}, drawn in full", embed(first.full, packing))
     cached = [
         Shot(
             name,
             decibels(sample.psnr),
             f"{sample.ssim:.3f}",
             f"{label}, seed {sample.seed}, drawn with {name}: PSNR {decibels(sample.psnr)}",
-            embed(sample.cached, scale),
-            embed_difference(sample.full, sample.cached, amplified, scale),
+            embed(sample.cached, packing),
+            embed_difference(sample.full, sample.cached, amplified, packing),
         )
         for name, sample in samples.items()
     ]
@@ -297,10 +333,33 @@ def _figures(cost: CostTensor, named: Mapping[str, Comparison], plans: Mapping[i
     about_curve = f"Curve of cost against the number of key steps. Marked: {costs or 'nothing'}."
     return {
         "cost_map": Markup(cost_map(cost, keys, about_map)),
-        "trade_off": Markup(trade_off(plans, chosen, cost.shape[1] - 1, about_curve)),
+        "trade_off": Markup(
+            trade_off({k: plan.cost for k, plan in plans.items()}, chosen, cost.shape[1] - 1, about_curve)
+        ),
         "without_cost": [name for name, (_, cost) in chosen.items() if not math.isfinite(cost)],
         "explorer": {**explorer_data(cost, keys), "map_area": MAP_AREA},
     }
+
+
+def _quality(
+    named: Mapping[str, Comparison], calibration: Calibration | None, recipe: Recipe, plans: Mapping[int, Plan]
+) -> dict[str, Markup]:
+    """Plots of K against how near the cached pictures are: as measured here, as expected, and picture by picture."""
+    found = {}
+    if len({comparison.schedule.num_key_steps for comparison in named.values()}) > 1:
+        found["measured"] = Markup(quality_curve(list(named.values())))
+    if calibration is not None and len(calibration.tried) and plans:
+        errors = {
+            k: calibration.expected_error(calibration.schedule(plan.key_steps, recipe)) for k, plan in plans.items()
+        }
+        chosen = {name: (c.schedule.num_key_steps, calibration.expected_error(c.schedule)) for name, c in named.items()}
+        told = "; ".join(f"{name}: {error:.2%}" for name, (_, error) in chosen.items())
+        about = f"Curve of the expected error against the number of key steps. Marked: {told}."
+        steps = calibration.facts.num_inference_steps
+        found["expected"] = Markup(trade_off(errors, chosen, steps, about, what="expected error"))
+    if len(next(iter(named.values())).samples) >= MANY:
+        found["histogram"] = Markup(histogram({name: [s.psnr for s in c.samples] for name, c in named.items()}))
+    return found
 
 
 def _part(name: str) -> str:

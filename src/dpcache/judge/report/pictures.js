@@ -184,11 +184,4 @@ for (const choice of tools.querySelectorAll("[name=view]")) {
 }
 section.dataset.view = tools.querySelector("[name=view]:checked").value;
 
-const sort = document.getElementById("sort");
-sort.addEventListener("change", () => {
-  const order = [...cases]; // as they came: worst first
-  if (sort.value === "best") order.reverse();
-  if (sort.value === "given") order.sort((a, b) => a.article.dataset.number - b.article.dataset.number);
-  for (const { article } of order) section.append(article);
-});
 tools.hidden = false;

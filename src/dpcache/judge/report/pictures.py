@@ -1,30 +1,54 @@
-"""Pictures, clips and what differs in them -> data URIs that a page can carry within itself."""
+"""Pictures, clips and what differs in them -> data URIs that a page can carry within itself, as WebP."""
 
 import base64
 import io
-import math
-from collections.abc import Sequence
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
-import matplotlib
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
-Picture = npt.NDArray[np.floating[Any]]
+from dpcache.judge.differences import HEAT, difference
 
-#: Longest side of an embedded picture, in pixels, and pixels of all of them together: a page of a hundred large
-#: pictures would otherwise be too heavy for a browser.
-LONGEST_SIDE = 1024
-PIXEL_BUDGET = 50_000_000
+Picture = npt.NDArray[np.floating[Any]]
+Made = TypeVar("Made")
+
 #: Small pictures are shown enlarged by a whole number, to about this width in pixels.
 SHOWN_WIDTH = 320
-#: Clips up to this many pixels are kept exact; larger ones are compressed, or a page would weigh hundreds of megabytes.
-LOSSLESS_PIXELS = 2**20
+#: Of compressed pictures the differences are carried at half their size where they are wider or higher than this.
+HALVED_FROM = 512
+#: WebP has no larger sides.
+LONGEST_SIDE = 16_383
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-_HEAT = (matplotlib.colormaps["inferno"](np.arange(256))[:, :3] * 255).round().astype(np.uint8).tobytes()
+
+
+@dataclass(frozen=True)
+class Packing:
+    """How pictures are made to fit into a page.
+
+    Attributes:
+        quality: of WebP, 0 to 100; None keeps every pixel exact.
+        scale: by how much they are reduced.
+    """
+
+    quality: int | None = None
+    scale: float = 1.0
+
+
+#: The best first. Nothing is reduced below 70 % of its size.
+PACKINGS = (
+    Packing(),
+    *(Packing(quality) for quality in (95, 90, 80, 70, 60)),
+    Packing(70, 0.85),
+    Packing(70, 0.7),
+    Packing(50, 0.7),
+    Packing(35, 0.7),
+)
 
 
 @dataclass(frozen=True)
@@ -32,8 +56,8 @@ class Embedded:
     """One picture or clip as the page carries it.
 
     Attributes:
-        uri: data URI of the picture, or of a clip's first frame, as PNG.
-        frames: data URIs of all frames of a clip, as WebP; none for a picture.
+        uri: data URI of the picture, or of a clip's first frame.
+        frames: data URIs of all frames of a clip; none for a picture.
         width: in pixels.
         height: likewise.
     """
@@ -48,15 +72,13 @@ class Embedded:
         """CSS pixels to show it at where there is room: tiny pictures enlarged by a whole number."""
         return self.width * max(1, SHOWN_WIDTH // self.width)
 
-
-def common_scale(pictures: Sequence[Picture]) -> float:
-    """By how much to reduce all pictures alike, so that the page stays readable; 1 where nothing needs reducing."""
-    longest: int = max(side for picture in pictures for side in picture.shape[-3:-1])
-    pixels: int = sum(math.prod(picture.shape[:-1]) for picture in pictures)
-    return min(1.0, LONGEST_SIDE / longest, math.sqrt(PIXEL_BUDGET / pixels))
+    @property
+    def size(self) -> int:
+        """Bytes that it takes in the page."""
+        return len(self.uri) + sum(map(len, self.frames))
 
 
-def embed(picture: Picture, scale: float = 1.0) -> Embedded:
+def embed(picture: Picture, packing: Packing = PACKINGS[0]) -> Embedded:
     """The picture [H, W, C] or clip [F, H, W, C], values in [0, 1], as a data URI.
 
     Raises:
@@ -67,43 +89,32 @@ def embed(picture: Picture, scale: float = 1.0) -> Embedded:
             f"a picture must be [H, W, C] and a clip [F, H, W, C], with 1, 3 or 4 channels; got {list(picture.shape)}. "
             'Compare with output_type="np".'
         )
-    return _embedded(
-        [_image(frame, scale) for frame in (picture if picture.ndim == 4 else picture[None])], picture.ndim
-    )
+    return _embedded(picture, packing)
 
 
-def amplification(full: Picture, others: Sequence[Picture]) -> float:
-    """By how much to multiply the differences so that they can be seen: 1, 2 or 5 times a power of ten.
-
-    The largest such number that leaves all but a thousandth of the pixels within the scale; 1 where nothing differs.
-    """
-    peak = max(float(np.quantile(_difference(full, other), 0.999)) for other in others)
-    if not peak > 0:
-        return 1.0
-    power = 10.0 ** math.floor(-math.log10(peak))
-    return max(n * power for n in (1, 2, 5) if n == 1 or n * power * peak <= 1)
-
-
-def embed_difference(full: Picture, other: Picture, amplified: float, scale: float = 1.0) -> Embedded:
+def embed_difference(full: Picture, other: Picture, amplified: float, packing: Packing = PACKINGS[0]) -> Embedded:
     """Mean absolute difference over the channels, times `amplified`: black where equal, bright where it reaches 1."""
-    difference = (_difference(full, other) * amplified)[..., None]
-    images = [_image(frame, scale) for frame in (difference if full.ndim == 4 else difference[None])]
-    for image in images:
-        image.putpalette(_HEAT)
-    return _embedded(images, full.ndim)
+    levels = (difference(full, other) * amplified)[..., None]
+    if packing.quality is not None and max(levels.shape[-3:-1]) * packing.scale > HALVED_FROM:
+        packing = Packing(packing.quality, packing.scale / 2)
+    return _embedded(levels, packing, HEAT.tobytes())
 
 
-def _difference(full: Picture, other: Picture) -> Picture:
-    difference = np.abs(full.astype(np.float64) - other.astype(np.float64)).mean(axis=-1)
-    return np.asarray(np.nan_to_num(difference, nan=1.0))
+def _embedded(picture: Picture, packing: Packing, palette: bytes | None = None) -> Embedded:
+    def pack(frame: Picture) -> tuple[str, tuple[int, int]]:
+        image = _image(frame, packing.scale)
+        if palette is not None:
+            image.putpalette(palette)
+        return _webp(image, packing), image.size
+
+    packed = _in_threads(pack, picture if picture.ndim == 4 else picture[None])
+    uris = tuple(uri for uri, _ in packed)
+    return Embedded(uris[0], uris if picture.ndim == 4 else (), *packed[0][1])
 
 
-def _embedded(frames: Sequence[Image.Image], ndim: int) -> Embedded:
-    width, height = frames[0].size
-    if ndim == 3:
-        return Embedded(_png(frames[0]), (), width, height)
-    exact = len(frames) * width * height <= LOSSLESS_PIXELS
-    return Embedded(_png(frames[0]), tuple(_webp(frame, exact) for frame in frames), width, height)
+def _in_threads(work: Callable[[Picture], Made], frames: Sequence[Picture] | Picture) -> list[Made]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(work, frames))
 
 
 def _image(frame: Picture, scale: float) -> Image.Image:
@@ -111,25 +122,18 @@ def _image(frame: Picture, scale: float) -> Image.Image:
     levels = (values * 255).round().astype(np.uint8)
     mode = _MODES[levels.shape[-1]]
     image = Image.fromarray(levels[..., 0] if mode == "L" else levels)
+    scale = min(scale, LONGEST_SIDE / max(image.size))
     if scale == 1:
         return image
     width, height = (max(1, round(side * scale)) for side in image.size)
     return image.resize((width, height), Image.Resampling.LANCZOS)
 
 
-def _png(image: Image.Image) -> str:
+def _webp(image: Image.Image, packing: Packing) -> str:
     buffer = io.BytesIO()
-    image.save(buffer, "PNG")
-    return _data_uri("image/png", buffer)
-
-
-def _webp(image: Image.Image, exact: bool) -> str:
-    buffer = io.BytesIO()
-    image.convert("RGBA" if image.mode == "RGBA" else "RGB").save(
-        buffer, "WEBP", lossless=exact, exact=exact, quality=90
-    )
-    return _data_uri("image/webp", buffer)
-
-
-def _data_uri(kind: str, buffer: io.BytesIO) -> str:
-    return f"data:{kind};base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"
+    if packing.quality is None:  # then `quality` is how hard to try
+        options: dict[str, Any] = {"lossless": True, "exact": True, "quality": 20, "method": 2}
+    else:
+        options = {"quality": packing.quality}
+    image.convert("RGBA" if image.mode == "RGBA" else "RGB").save(buffer, "WEBP", **options)
+    return f"data:image/webp;base64,{base64.b64encode(buffer.getvalue()).decode('ascii')}"

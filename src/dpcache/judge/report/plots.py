@@ -3,10 +3,10 @@
 import html
 import io
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 import numpy as np
@@ -14,8 +14,6 @@ import numpy.typing as npt
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
-
-from dpcache.plan.planner import Plan
 
 Array = npt.NDArray[np.float64]
 
@@ -27,14 +25,14 @@ _PAGE_COLOURS = {
     LINE: "var(--line)",
     ACCENT: "var(--accent)",
 }
-_MARKERS = "osD^vPX"
-_TICKS = (1, 2, 5, 10)
-_WIDTH, _HEIGHT = 5.4, 4.9  # inches at 72 points: half a page, and text still legible on a telephone
+MARKERS = "osD^vPX"
+TICKS = (1, 2, 5, 10)
+WIDTH, HEIGHT = 5.4, 4.9  # inches at 72 points: half a page, and text still legible on a telephone
 _MAP = (0.115, 0.115, 0.86, 0.86)
 #: Left, top, width and height of the heat map's cells within its SVG, in the units of that SVG.
 MAP_AREA = tuple(
     round(72 * share, 3)
-    for share in (_WIDTH * _MAP[0], _HEIGHT * (1 - _MAP[1] - _MAP[3]), _WIDTH * _MAP[2], _HEIGHT * _MAP[3])
+    for share in (WIDTH * _MAP[0], HEIGHT * (1 - _MAP[1] - _MAP[3]), WIDTH * _MAP[2], HEIGHT * _MAP[3])
 )
 
 
@@ -53,7 +51,7 @@ def cost_map(cost: Array, schedules: Mapping[str, Sequence[int]], description: s
     """
     hops = cheapest_hops(cost)
     steps = hops.shape[0]
-    with _figure() as figure:
+    with figure_of_the_page() as figure:
         axes = figure.add_axes(_MAP)
         _heat(figure, axes, hops)
         _mark_hops(axes, schedules, steps)
@@ -61,49 +59,55 @@ def cost_map(cost: Array, schedules: Mapping[str, Sequence[int]], description: s
         axes.set_xlabel(f"next key step k ({steps} is the end)")
         axes.set_ylabel("key step j")
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_locator(MaxNLocator(6, integer=True, steps=_TICKS))
+            axis.set_major_locator(MaxNLocator(6, integer=True, steps=TICKS))
         if schedules:  # no hop leads backwards, so the lower left is always empty
             axes.legend(
                 loc="lower left", bbox_to_anchor=(0.012, 0.2), title="hops of", alignment="left", labelcolor=INK
             )
-        return _svg(figure, "cost-map", description)
+        return as_svg(figure, "cost-map", description)
 
 
 def trade_off(
-    plans: Mapping[int, Plan], chosen: Mapping[str, tuple[int, float]], num_inference_steps: int, description: str
+    plans: Mapping[int, float],
+    chosen: Mapping[str, tuple[int, float]],
+    num_inference_steps: int,
+    description: str,
+    *,
+    what: Literal["cost", "expected error"] = "cost",
 ) -> str:
-    """SVG curve of the plan's cost against the number of key steps K and the speedup T/K, the chosen schedules marked.
+    """SVG curve of what plans cost against the number of key steps K and the speedup T/K, the chosen schedules marked.
 
     Args:
-        plans: {K: the best plan}.
+        plans: {K: cost of the best plan}.
         chosen: {name: (K, cost)}; a schedule that is no plan lies above the curve.
         num_inference_steps: T.
         description: what it shows, for readers who cannot see it.
+        what: the cost is; an expected error is a share, and shown in percent.
     """
-    curve = [(budget, plan.cost) for budget, plan in sorted(plans.items())]
+    curve = sorted(plans.items())
     marks = {name: (budget, cost) for name, (budget, cost) in chosen.items() if np.isfinite(cost)}
     if any(cost > 0 for _, cost in curve):
         # Nothing skipped costs nothing, which has no place on a logarithmic scale.
         curve = [(budget, cost) for budget, cost in curve if cost > 0]
         marks = {name: (budget, cost) for name, (budget, cost) in marks.items() if cost > 0}
     costs = [cost for _, cost in [*curve, *marks.values()]]
-    with _figure() as figure:
+    with figure_of_the_page() as figure:
         axes = figure.add_axes((0.18, 0.115, 0.79, 0.755))
         if curve:
             axes.plot(*zip(*curve, strict=True), color=MUTED, linewidth=1.4, marker="o", markersize=2.6)
         for number, (budget, cost) in enumerate(marks.values()):
-            marker = _MARKERS[number % len(_MARKERS)]
+            marker = MARKERS[number % len(MARKERS)]
             axes.plot([budget], [cost], color=ACCENT, marker=marker, markersize=9, linestyle="none")
         if min(costs, default=0) > 0:
-            _log_scale(axes, min(costs), max(costs))
+            _log_scale(axes, min(costs), max(costs), _number if what == "cost" else _percent)
         axes.grid(color=LINE, linewidth=0.8)
         axes.set_axisbelow(True)
         axes.set_xlabel("number of key steps K")
-        axes.set_ylabel("cost")
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=_TICKS))
-        _speedup_scale(axes, num_inference_steps)
+        axes.set_ylabel(what)
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, steps=TICKS))
+        speedup_scale(axes, num_inference_steps)
         _name_marks(axes, marks)
-        return _svg(figure, "trade-off", description)
+        return as_svg(figure, "trade-off" if what == "cost" else "expected-errors", description)
 
 
 def _heat(figure: Any, axes: Any, hops: Array) -> None:
@@ -139,7 +143,7 @@ def _mark_hops(axes: Any, schedules: Mapping[str, Sequence[int]], steps: int) ->
             np.array(k) + aside[number],
             j,
             linestyle="none",
-            marker=_MARKERS[number % len(_MARKERS)],
+            marker=MARKERS[number % len(MARKERS)],
             markersize=max(5.0, 6.6 - 1.6 * number),
             markerfacecolor=("white", "black")[number % 2],
             markeredgecolor=("black", "white")[number % 2],
@@ -175,26 +179,26 @@ def _name_marks(axes: Any, marks: Mapping[str, tuple[int, float]]) -> None:
         )
 
 
-def _speedup_scale(axes: Any, steps: int) -> None:
-    """T/K along the top, at speedups that people think in, as many as have room."""
+def speedup_scale(axes: Any, steps: int, speedups: Sequence[float] = ()) -> None:
+    """T/K along the top, at the speedups given, or at those that people think in, as many as have room."""
     low, high = axes.get_xlim()
     axes.set_xlim(low, high)
-    speedups: list[float] = []
-    for speedup in (1, 1.5, 2, 3, 5, 10, 20, 50, 100):
+    found = list(speedups)
+    for speedup in () if speedups else (1, 1.5, 2, 3, 5, 10, 20, 50, 100):
         place = steps / speedup
-        if low <= place <= high and (not speedups or steps / speedups[-1] - place > 0.09 * (high - low)):
-            speedups.append(speedup)
+        if low <= place <= high and (not found or steps / found[-1] - place > 0.09 * (high - low)):
+            found.append(speedup)
     top = axes.secondary_xaxis("top")
-    top.set_ticks([steps / speedup for speedup in speedups], [f"{speedup:g}×" for speedup in speedups])
+    top.set_ticks([steps / speedup for speedup in found], [f"{speedup:.2g}×" for speedup in found])
     top.set_xlabel("speedup T/K", labelpad=7)
 
 
-def _log_scale(axes: Any, low: float, high: float) -> None:
+def _log_scale(axes: Any, low: float, high: float, form: Callable[[float, int], str]) -> None:
     axes.set_yscale("log")
     axes.set_ylim(low / 1.25, high * 1.35)
     few = high / low < 30
     axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-    axes.yaxis.set_major_formatter(FuncFormatter(_number))
+    axes.yaxis.set_major_formatter(FuncFormatter(form))
     axes.yaxis.set_minor_formatter(NullFormatter())
     axes.tick_params(axis="y", which="minor", length=0)
 
@@ -203,8 +207,12 @@ def _number(value: float, _: int) -> str:
     return f"{value:,.0f}" if 1 <= value < 1e6 else f"{value:g}"
 
 
+def _percent(value: float, _: int) -> str:
+    return f"{100 * value:g} %"
+
+
 @contextmanager
-def _figure() -> Iterator[Any]:
+def figure_of_the_page(height: float = HEIGHT) -> Iterator[Any]:
     """A figure in the report's style, whatever the user's matplotlib settings are, and those left as they were."""
     with matplotlib.rc_context():
         matplotlib.rcdefaults()
@@ -227,10 +235,10 @@ def _figure() -> Iterator[Any]:
                 "legend.frameon": False,
             }
         )
-        yield Figure(figsize=(_WIDTH, _HEIGHT))
+        yield Figure(figsize=(WIDTH, height))
 
 
-def _svg(figure: Any, name: str, description: str) -> str:
+def as_svg(figure: Any, name: str, description: str) -> str:
     """The figure as an SVG element for an HTML page."""
     buffer = io.StringIO()
     # The salt makes the file the same each time and its identifiers different from the other figure's.
@@ -239,10 +247,11 @@ def _svg(figure: Any, name: str, description: str) -> str:
     figure.savefig(buffer, format="svg", transparent=True, dpi=200, metadata=nothing)
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
+    wide, high = figure.get_size_inches()
     text = re.sub(
         "<svg [^>]*>",
         f'<svg class="plot" id="{name}" role="img" aria-label="{html.escape(description)}" '
-        f'viewBox="0 0 {_WIDTH * 72:g} {_HEIGHT * 72:g}">',
+        f'viewBox="0 0 {wide * 72:g} {high * 72:g}">',
         text,
         count=1,
     )
