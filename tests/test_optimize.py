@@ -149,7 +149,7 @@ def test_never_below_the_plain_ways(flux):
     """On the inputs that judge; and its error is what runs without any sharing give."""
     schedule = dpcache.optimize(flux, PROMPTS, **{**QUICK, "budget": 20})
     calls = call_arguments(PROMPTS, {**CALL, "output_type": "latent"})
-    planning, judging = dealt(calls, 6, 0)
+    fitting, judging = dealt(calls, 6, 0)
     calibration = dpcache.calibrate(flux, PROMPTS[:2], progress=False, **CALL)
     even = [dpcache.Schedule.uniform(4, STEPS, order=order) for order in (0, 1, 2)]
     trials = [Trial(flux, seeded(flux, draw.call, draw.seed)) for draw in judging]
@@ -159,7 +159,7 @@ def test_never_below_the_plain_ways(flux):
     def error(one):
         return average_error([trial.error(one) for trial in trials])
 
-    assert [len(planning), len(judging)] == [2, 4]
+    assert [len(fitting), len(judging)] == [2, 4]
     assert schedule.error == pytest.approx(error(schedule), rel=1e-6)
     assert schedule.error <= min(error(one) for one in [calibration.plan(4), *even]) * (1 + 1e-5)
     assert schedule.sigmas == calibration.facts.sigmas and schedule.model == calibration.facts.model

@@ -1,4 +1,4 @@
-"""Full runs: each is what trials are held against, and some are what plans are made from."""
+"""Full runs: what plans are made from, what coefficients are fitted to, and what trials are held against."""
 
 import base64
 import math
@@ -25,8 +25,8 @@ from dpcache.run.schedulers import prediction_type
 from .objectives import Objective, Output
 from .sharing import Spans
 
-#: Of the inputs, the share that plans are made from; candidates are judged on the others.
-PLANNED_SHARE = 1 / 3
+#: Of the inputs, the share that coefficients are fitted on; candidates are judged on the others. Plans are made from all.
+FITTED_SHARE = 1 / 3
 #: Of plans that are made from full runs, the highest order of the prediction.
 _ORDER = 2
 
@@ -47,17 +47,17 @@ class Draw:
 
 
 def dealt(calls: Sequence[Mapping[str, Any]], count: int, seed: int) -> tuple[list[Draw], list[Draw]]:
-    """What plans are made from, and what candidates are judged on: so many draws in all.
+    """What coefficients are fitted on, and what candidates are judged on: so many draws in all.
 
     Calls are repeated with other noise where there are fewer; those that bring their own noise are not. A single call
     serves for both, as does a single draw.
     """
-    fitted = math.ceil(PLANNED_SHARE * len(calls))
+    fitted = math.ceil(FITTED_SHARE * len(calls))
     sides = calls[:fitted], calls[fitted:] or calls
-    planning = max(1, round(PLANNED_SHARE * count))
+    fitting = max(1, round(FITTED_SHARE * count))
     found = []
     for name, some, size, first in zip(
-        ("planning", "judging"), sides, (planning, count - planning), (seed, TRIAL_SEED + seed), strict=True
+        ("fitting", "judging"), sides, (fitting, count - fitting), (seed, TRIAL_SEED + seed), strict=True
     ):
         fresh = len(some) if any(call.get("generator") is not None for call in some) else size
         found.append([Draw(f"{name} {n}", some[n % len(some)], first + n) for n in range(min(size, fresh))])
@@ -70,7 +70,7 @@ class FullRun:
 
     Attributes:
         output: what the pipeline returned.
-        calibration: what was measured in it; None where there was nothing to measure, or no need to.
+        calibration: what was measured in it; None where there was nothing to measure.
         num_steps: T, the steps that it took; 0 where nobody looked.
         sigmas: its noise levels; None where not known.
         spans: as in `sharing.known_until`.

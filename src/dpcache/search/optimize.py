@@ -78,18 +78,18 @@ def optimize(
 ) -> "Schedule | dict[int, Schedule]":
     """The best schedule that a budget finds for a pipeline: candidates are run for real, and the best one is kept.
 
-    Three tenths of the budget go to full runs, 4 to 32 of them. Plans are made from a third of them; the others are
-    what candidates are held against. Where the budget allows it, it is also measured what errors at some steps do to
-    the outcome, as `calibrate` does. Candidates are plans, smooth curves, even spacing and ready-made shapes, each with
-    several ways to predict. Many are run on few inputs, and ever fewer on ever more. A few inputs show few bad cases,
-    so what a candidate's cost says to expect counts beside its errors. Even spacing, the smooth curve and a single plan
-    are run on every input, unless far behind, and the result is never worse than these on the inputs that judge. A
-    larger budget runs more candidates on more inputs.
+    Three tenths of the budget go to full runs, 4 to 32 of them. Plans are made from all of them. Coefficients are
+    fitted to a third, and candidates are held against the others. Where the budget allows it, it is also measured what
+    errors at some steps do to the outcome, as `calibrate` does. Candidates are plans, smooth curves, even spacing and
+    ready-made shapes, each with several ways to predict. Many are run on few inputs, and ever fewer on ever more. A few
+    inputs show few bad cases, so what a candidate's cost says to expect counts beside its errors. Even spacing, the
+    smooth curve and a single plan are run on every input, unless far behind, and the result is never worse than even
+    spacing on the inputs that judge. A larger budget runs more candidates on more inputs.
 
     Args:
         pipeline: a diffusers pipeline.
         inputs: prompts, or dicts of arguments of the pipeline's call, as different as those to come: sixteen are good,
-            more are used with budgets above 60. The first third serves for plans, the others for judging; where
+            more are used with budgets above 60. The first third serves for fitting, the others for judging; where
             there are too few they are repeated with other noise.
         num_key_steps: K, the steps to compute in full. With several of them, like (9, 13, 20), a schedule for each
             comes back. They share the full runs; what is left is split in proportion to K, so that as many candidates
@@ -217,39 +217,36 @@ class _Search:
         total = round(self.budget.total) if self.budget.is_time else round(self.budget.total * self.budget.num_steps)
         unit = "s" if self.budget.is_time else "step"
         with tqdm(total=total, desc="optimize", unit=unit, disable=not self.progress) as self.bar:
-            planning, judging = self._full_runs()
-            first = self.full[planning[0].name]
+            fitting, judging = self._full_runs()
+            first = self.full[fitting[0].name]
             for k in wanted:  # the loop may take fewer steps than it was called for
                 checked_budget(k, first.num_steps)
             found = {}
             for place, k in enumerate(wanted):
                 others = sum(wanted[place + 1 :])
                 reserve = self.budget.left() * others / (k + others)
-                found[k] = self._best(k, planning, judging, reserve)
+                found[k] = self._best(k, fitting, judging, reserve)
             self.bar.total = self.bar.n
         return found
 
     def _full_runs(self) -> tuple[list[Draw], list[Draw]]:
         """Runs the first one, which tells how many there may be, and then the others."""
         draw = dealt(self.calls, 2, self.seed)[0][0]
-        self._record(draw)
+        self._record(draw, samples=True)
         self.budget.settle(self.full[draw.name].num_steps)
         if self.progress:
             self._say_how_long()
-        planning, judging = dealt(self.calls, self._number_of_full_runs(), self.seed)
-        for draw in planning[1:]:
-            self._record(draw)
-        for draw in judging:
-            if draw.name not in self.full:
-                self._run_in_full(draw, partial(plain, self.pipeline, draw, self.objective))
-        self._probe(planning)
-        return planning, judging
+        fitting, judging = dealt(self.calls, self._number_of_full_runs(), self.seed)
+        for draw in [*fitting, *judging]:
+            self._record(draw, samples=draw in fitting[:MOST_FITTED])
+        self._probe(fitting)
+        return fitting, judging
 
-    def _probe(self, planning: Sequence[Draw]) -> None:
+    def _probe(self, fitting: Sequence[Draw]) -> None:
         """Measures what an error at a step does to the outcome, on as many inputs as the budget allows."""
         steps = probing_calls(self.budget.num_steps, PROBES)
         number = min(int(PROBING_SHARE * self.budget.total / self.budget.cost(steps)), MOST_PROBED)
-        for draw in planning[:number]:
+        for draw in fitting[:number]:
             run = self.full[draw.name]
             if run.calibration is None or not len(run.calibration.gram):
                 break
@@ -267,23 +264,19 @@ class _Search:
         long = self.budget.total if self.budget.is_time else one * self.budget.total
         say_how_long("optimize", "search", one, long)
 
-    def _record(self, draw: Draw) -> None:
-        if draw.name not in self.full:
-            samples = len(self.full) < MOST_FITTED
-            run = partial(recorded, self.pipeline, draw, self.boundary, self.objective, samples=samples)
-            self._run_in_full(draw, run)
-
-    def _run_in_full(self, draw: Draw, run: Callable[[], FullRun]) -> None:
-        samples = None
+    def _record(self, draw: Draw, *, samples: bool) -> None:
+        if draw.name in self.full:
+            return
+        kept = None
 
         def measure() -> dict[str, Any]:
-            nonlocal samples
-            found = run()
-            samples = found.samples
-            return found.to_json()
+            nonlocal kept
+            run = recorded(self.pipeline, draw, self.boundary, self.objective, samples=samples)
+            kept = run.samples
+            return run.to_json()
 
         found = self.counted(f"full run, {draw.name}", self.budget.num_steps, measure)
-        self.full[draw.name] = replace(FullRun.from_json(found), samples=samples)
+        self.full[draw.name] = replace(FullRun.from_json(found), samples=kept)
 
     def counted(self, name: str, steps: int, measure: Callable[[], Any]) -> Any:
         """The result of this name, which computes so many steps; what a checkpoint knows is counted all the same."""
@@ -299,9 +292,9 @@ class _Search:
         self.bar.update(round(self.budget.spent()) - self.bar.n if self.budget.is_time else steps)
         return found["result"]
 
-    def _best(self, k: int, planning: Sequence[Draw], judging: Sequence[Draw], reserve: float) -> dict[str, Any]:
-        first = self.full[planning[0].name]
-        parts = [run.calibration for draw in planning if (run := self.full[draw.name]).calibration is not None]
+    def _best(self, k: int, fitting: Sequence[Draw], judging: Sequence[Draw], reserve: float) -> dict[str, Any]:
+        first = self.full[fitting[0].name]
+        parts = [run.calibration for run in self.full.values() if run.calibration is not None]
         candidates = Candidates(
             k,
             first.num_steps,
@@ -313,7 +306,7 @@ class _Search:
         fewer = self._fewer_steps(k, judging, first.num_steps)
         sharing = Sharing()
         with entered(self.pipeline, self.boundary, sharing):
-            trials = _Trials(self, sharing, planning[:MOST_FITTED], judging, candidates, reserve, first.spans)
+            trials = _Trials(self, sharing, fitting[:MOST_FITTED], judging, candidates, reserve, first.spans)
             contest = Contest(
                 candidates, len(judging), trials, self.objective.average, expects=not self.objective.is_metric
             )
