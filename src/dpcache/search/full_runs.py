@@ -25,7 +25,7 @@ from dpcache.run.schedulers import prediction_type
 from .objectives import Objective, Output
 from .sharing import Spans
 
-#: Of the inputs, the share that coefficients are fitted on; candidates are judged on the others. Plans are made from all.
+#: Of the inputs, the share that coefficients are fitted on. Candidates are judged on the others, plans made from all.
 FITTED_SHARE = 1 / 3
 #: Of plans that are made from full runs, the highest order of the prediction.
 _ORDER = 2
