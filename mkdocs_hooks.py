@@ -24,8 +24,10 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Has links of docs/ that lead out of it find what `on_files` has added."""
-    return markdown if "/" in page.file.src_uri else markdown.replace("](../", "](")
+    """Has links into docs/ and out of it find their pages on the site."""
+    if "/" in page.file.src_uri:
+        return markdown.replace("](../../docs/", "](../../")
+    return markdown.replace("](../", "](")
 
 
 def on_page_content(html: str, **_: Any) -> str:

@@ -10,7 +10,6 @@ from filelock import FileLock
 from dpcache.errors import CalibrationError, DPCacheError
 from dpcache.measure.calibration import Calibration
 from dpcache.measure.calibration_file import Facts
-from dpcache.measure.measuring import from_run
 from dpcache.measure.recording import RecordedRun
 from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import ModelIdentity
@@ -84,6 +83,8 @@ class CalibrationFile:
             return f"the run was not added to {self.path.name}: {error}"
 
     def _add(self, run: RecordedRun, sampler: str) -> str:
+        from dpcache.measure.measuring import from_run
+
         if self._starts_over and self.path.exists():
             self.path.replace(self.path.with_name(f"{self.path.name}.old"))
         known = Calibration.load(self.path) if self.path.exists() else None
