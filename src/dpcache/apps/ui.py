@@ -31,7 +31,7 @@ _SMALL = 128
 _LOSSLESS_PIXELS = 2**20
 _FRAME_MILLISECONDS = 125
 #: The curve is drawn without being asked for, where a full run takes no longer than this.
-_QUICK_SECONDS = 60.0
+_QUICK_SECONDS = 30.0
 _HEIGHT = "36vh"
 #: Follows the pipeline's own progress bar.
 _PROGRESS = gr.Progress(track_tqdm=True)
@@ -100,7 +100,7 @@ def build(
                             format="png",
                             interactive=False,
                             buttons=["fullscreen"],
-                            max_height=440,
+                            max_height=360,
                             elem_id="wipe",
                             elem_classes=small,
                         )
@@ -130,15 +130,18 @@ def build(
         asked = [given, seed, key_steps, num_steps]
         together: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "pipeline", "show_progress": "full"}
         together["show_progress_on"] = [full_picture, cached_picture]
-        private: dict[str, Any] = {**together, "api_visibility": "private"}
-        opening = page.load(artist.open, asked, answer, **private)
-        whole_curve = measure.click(artist.measure, asked, answer, **private)
-        redrawing = {**private, "trigger_mode": "always_last", "cancels": [opening, whole_curve]}
         triggers = [button.click] if studio.takes_classes else [button.click, given.submit]
-        gr.on(triggers, artist.draw, asked, answer, api_name="draw", cancels=[opening, whole_curve], **together)
-        key_steps.release(artist.redraw, asked, answer, **redrawing)
+        drawn = [gr.on(triggers, artist.draw, asked, answer, api_name="draw", **together)]
+        together["api_visibility"] = "private"
+        drawn.append(page.load(artist.draw, asked, answer, **together))
+        drawn.append(key_steps.release(artist.redraw, asked, answer, trigger_mode="always_last", **together))
         hidden: dict[str, Any] = {"api_visibility": "private", "show_progress": "hidden"}
-        curve.select(_picked, [], [key_steps], **hidden).then(artist.redraw, asked, answer, **redrawing)
+        chosen = curve.select(_picked, [], [key_steps], **hidden)
+        drawn.append(chosen.then(artist.redraw, asked, answer, **together))
+        for event in drawn:
+            event.success(artist.complete, asked, [curve], **hidden)
+        first_drawn = measure.click(artist.draw, asked, answer, **together)
+        first_drawn.success(artist.measure, asked, [curve], **hidden)
         dice.click(_another_seed, [], [seed], **hidden)
         num_steps.change(_limited, [num_steps, key_steps], [key_steps], **hidden)
     look = {"css": looks.CSS, "js": looks.TYPED, "theme": looks.theme(), "footer_links": [], "show_error": True}
@@ -146,17 +149,20 @@ def build(
 
 
 class _Artist:
-    """What the page's buttons do. Everything yields what the page shows, in the order of `build`'s answer."""
+    """What the page's buttons do: they yield what it shows, in the order of `build`'s answer, or the curve alone."""
 
     def __init__(self, studio: Studio, title: str) -> None:
         self.studio, self.title = studio, title
         self._files = tempfile.TemporaryDirectory(prefix="dpcache-ui-")
         self.folder = Path(self._files.name)
+        #: Counts what is asked for.
+        self._turn = 0
 
     def draw(
         self, given: Any, seed: float, num_key_steps: float, num_steps: float, progress: Any = _PROGRESS
     ) -> Answer:
         """Draws an input in full, unless that was done lately, and with this many key steps."""
+        self._turn += 1
         with _in_words():
             asked, k = _checked(given, seed, num_key_steps, num_steps)
             if self.studio.remembered(asked) is None:
@@ -173,24 +179,24 @@ class _Artist:
         if self.studio.remembered(asked) is not None:
             yield from self.draw(given, seed, num_key_steps, num_steps)
 
-    def open(self, given: Any, seed: float, num_key_steps: float, num_steps: float) -> Answer:
-        """What the page begins with: the first example, and the curve where that does not take long."""
-        yield from self.draw(given, seed, num_key_steps, num_steps)
-        asked, _ = _checked(given, seed, num_key_steps, num_steps)
-        if self.studio.full(asked).seconds <= _QUICK_SECONDS:
+    def complete(self, given: Any, seed: float, num_key_steps: float, num_steps: float) -> Iterator[str]:
+        """The curve of what was just drawn, where a full run does not take long."""
+        with _in_words():
+            asked, _ = _checked(given, seed, num_key_steps, num_steps)
+            full = self.studio.remembered(asked)
+        if full is not None and full.seconds <= _QUICK_SECONDS:
             yield from self.measure(given, seed, num_key_steps, num_steps)
 
-    def measure(
-        self, given: Any, seed: float, num_key_steps: float, num_steps: float, progress: Any = _PROGRESS
-    ) -> Answer:
-        """Draws with every number of key steps of the curve, and shows the one that is chosen."""
-        yield from self.draw(given, seed, num_key_steps, num_steps)
+    def measure(self, given: Any, seed: float, num_key_steps: float, num_steps: float) -> Iterator[str]:
+        """Draws with every number of key steps of the curve, until something else is asked for."""
+        turn = self._turn
         with _in_words():
             asked, k = _checked(given, seed, num_key_steps, num_steps)
             for other in self.studio.ladder(asked.steps):
+                if turn != self._turn:
+                    return
                 self.studio.cached(asked, other)
-                found = looks.curve(self.studio.curve(asked), k, asked.steps)
-                yield (*(gr.skip(),) * 8, found, gr.skip())
+                yield looks.curve(self.studio.curve(asked), k, asked.steps)
 
     def _shown(self, asked: Asked, k: int, full: Drawn | None, cached: Drawn | None) -> tuple[Any, ...]:
         steps = asked.steps

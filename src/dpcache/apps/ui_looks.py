@@ -189,8 +189,7 @@ CSS = """
 @media (max-width: 640px) {
   #shown { order: -1; }
   #pictures { gap: .6rem; }
-  #pictures .block { height: 42vw !important; min-height: 0 !important; }
+  #pictures .dp-picture { height: 42vw !important; min-height: 0 !important; }
   .dp-caption { font-size: .85rem; }
-  #pictures > div > :first-child { flex-grow: 0; }
 }
 """
