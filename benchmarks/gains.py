@@ -20,7 +20,7 @@ from dpcache.measure.sensitivity import probing_calls
 PAGE = Path(__file__).parents[1] / "docs" / "gains.md"
 SPEEDUP = 50 / 13
 INPUTS = 10
-#: Values held of each branch: by Taylor of order 2, the default of plans; by the trend, where nothing is calibrated.
+#: Values held of each call of a step: by Taylor of order 2, the default of plans; by the trend, without a calibration.
 HELD, HELD_UNCALIBRATED = 3, 2
 BYTES, RECEIVED_BYTES = 2, 4
 """Of a number: bfloat16 at the boundary, float32 of what the scheduler receives."""
@@ -41,8 +41,7 @@ class Model:
         size: height, width, and frames.
         packed: pixels of a side, and frames, that become one latent.
         steps: T.
-        branches: denoiser calls a step.
-        batch: of a call.
+        batch: of all calls of a step, with and without the prompt.
         text: tokens of text that the last block returns too.
         audio: tokens of sound.
         config: where it is not the default of the class.
@@ -54,7 +53,6 @@ class Model:
     size: tuple[int, int, int]
     packed: tuple[int, int] = (8, 1)
     steps: int = 50
-    branches: int = 1
     batch: int = 1
     text: int = 0
     audio: int = 0
@@ -70,7 +68,7 @@ class Model:
         return round(self.steps / SPEEDUP)
 
     def values(self) -> dict[str, int]:
-        """Numbers of one value at each boundary."""
+        """Numbers that a step gives at each boundary."""
         defaults = inspect.signature(getattr(diffusers, self.denoiser).__init__).parameters
         config = {name: parameter.default for name, parameter in defaults.items()} | dict(self.config)
         return value(config, self.size, self.packed, self.batch, self.text, self.audio)
@@ -85,9 +83,9 @@ MODELS = (
         quality=f"21.65 dB at K = 13, 18.77 at 9 ({DPCACHE}); 20.94 at 9 by the best of all schedules ({GOLDEN})",
     ),
     Model("FLUX.2-dev", "Flux2Transformer2DModel", (1024, 1024, 1), packed=(16, 1), text=512),
-    Model("Qwen-Image", "QwenImageTransformer2DModel", (1328, 1328, 1), branches=2),
-    Model("Wan 2.1 14B, 81 frames of 720p", "WanTransformer3DModel", (720, 1280, 81), packed=(8, 4), branches=2),
-    Model("Wan 2.2 A14B, 81 frames of 720p", "WanTransformer3DModel", (720, 1280, 81), (8, 4), steps=40, branches=2),
+    Model("Qwen-Image", "QwenImageTransformer2DModel", (1328, 1328, 1), batch=2),
+    Model("Wan 2.1 14B, 81 frames of 720p", "WanTransformer3DModel", (720, 1280, 81), packed=(8, 4), batch=2),
+    Model("Wan 2.2 A14B, 81 frames of 720p", "WanTransformer3DModel", (720, 1280, 81), (8, 4), steps=40, batch=2),
     Model(
         "HunyuanVideo, 129 frames of 720p",
         "HunyuanVideoTransformer3DModel",
@@ -100,7 +98,7 @@ MODELS = (
         "HunyuanVideo15Transformer3DModel",
         (720, 1280, 121),
         (16, 4),
-        branches=2,
+        batch=2,
     ),
     Model(
         "LTX-2, 121 frames of 512 x 768",
@@ -131,13 +129,13 @@ def value(
     text: int = 0,
     audio: int = 0,
 ) -> dict[str, int]:
-    """Numbers of one value at each boundary; only of the output where the blocks are not described.
+    """Numbers that a step gives at each boundary; only of the output where the blocks are not described.
 
     Args:
         config: of the denoiser.
         size: height, width and frames of what is drawn.
         packed: pixels of a side, and frames, that become one latent: the autoencoder's, with what the pipeline packs.
-        batch: of a call.
+        batch: of all calls of a step.
         text: tokens of text that the last block returns too.
         audio: tokens of sound.
     """
@@ -164,13 +162,13 @@ def _patch(config: dict[str, Any]) -> tuple[int, int]:
 
 def held(model: Model) -> dict[str, float]:
     """Bytes held on the device at each boundary, by a plan."""
-    return {where: HELD * model.branches * count * BYTES for where, count in model.values().items()}
+    return {where: HELD * count * BYTES for where, count in model.values().items()}
 
 
 def while_calibrating(model: Model) -> dict[str, float]:
     """Bytes of host memory that one recorded run takes: values of all steps at the boundary, and what was received."""
     received = model.values()["output"] // model.batch * RECEIVED_BYTES
-    return {where: model.steps * (model.branches * count * BYTES + received) for where, count in model.values().items()}
+    return {where: model.steps * (count * BYTES + received) for where, count in model.values().items()}
 
 
 def calibration_runs(steps: int = 50) -> dict[str, float]:
@@ -203,10 +201,10 @@ the same with `sensitivity="measured"`; *search* is `optimize` with its default 
 
 ## Memory
 
-For one picture or clip in bfloat16. Held on the device: {held} values of each branch by a plan of order 2, {fewer}
-with nothing calibrated. In host memory while calibrating: the values of all steps of one run, and what the scheduler
-received. Computed from the published configurations; the tests hold the same formula against small models of the same
-classes.
+For one picture or clip in bfloat16. Held on the device: {held} values of each call of a step by a plan of order 2,
+{fewer} with nothing calibrated. In host memory while calibrating: the values of all steps of one run, and what the
+scheduler received. Computed from the published configurations; the tests hold the same formula against small models
+of the same classes.
 
 | model | size | held at `"output"` | held at `"blocks"` | calibrating at `"output"` | at `"blocks"` |
 |---|---|---|---|---|---|
