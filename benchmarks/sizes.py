@@ -1,0 +1,56 @@
+"""What plans lose that were made from smaller pictures or shorter clips than they are followed for.
+
+    python -m benchmarks.sizes    # prints the table of docs/recipes.md
+
+Calibrates bundled models on inputs of their own size and on smaller ones, and draws held-out inputs of their own size.
+"""
+
+import argparse
+from typing import Any
+
+import dpcache
+from benchmarks.subjects import STEPS, Subject, scores
+
+KEY_STEPS = (13, 9)
+CALIBRATED, HELD_OUT = 10, 16
+#: Model -> how large inputs are made in calibration; the first is the model's own size.
+SIZES: dict[str, dict[str, dict[str, Any]]] = {
+    "tiny-hunyuan-video": {
+        "32 x 32, 9 frames (its own)": {},
+        "32 x 32, 5 frames": {"num_frames": 5},
+        "16 x 16, 9 frames": {"height": 16, "width": 16},
+        "16 x 16, 5 frames": {"height": 16, "width": 16, "num_frames": 5},
+    },
+    "hard-flux": {
+        "64 x 64 (its own)": {},
+        "32 x 32": {"height": 32, "width": 32},
+    },
+}
+HEAD = ("model", "calibrated on", *(f"K = {k}" for k in KEY_STEPS))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", default=[*SIZES])
+    options = parser.parse_args()
+    print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
+    for name in options.models:
+        subject = Subject(name, HELD_OUT)
+        full, _ = subject.draw()
+        schedules = {}
+        for told, size in SIZES[name].items():
+            call = {**subject.model.call_defaults, **size}
+            inputs = subject.model.calibration_inputs(CALIBRATED)
+            calibration = dpcache.calibrate(subject.pipe, inputs, num_inference_steps=STEPS, progress=False, **call)
+            schedules[told] = [calibration.plan(k) for k in KEY_STEPS]
+        for told, some in schedules.items():
+            found = [scores(full, subject.draw(schedule)[0]) for schedule in some]
+            print(f"| `{name}` | {told} | " + " | ".join(shown(score) for score in found) + " |", flush=True)
+
+
+def shown(score: dict[str, Any]) -> str:
+    return f"{score['psnr_mean']:.1f} ({score['psnr_p5']:.1f})"
+
+
+if __name__ == "__main__":
+    main()
