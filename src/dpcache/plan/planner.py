@@ -235,10 +235,8 @@ def _validated(cost: npt.ArrayLike) -> Array:
 
 def _infeasible_message(num_key_steps: int, search: _Search) -> str:
     feasible = search.feasible()
-    constraints = (
-        f"first_key_steps={search.first}, last_key_steps={search.last}, max_gap={search.max_gap} "
-        f"over {search.steps} steps"
-    )
+    gap = "" if search.max_gap is None else f", max_gap={search.max_gap}"
+    constraints = f"first_key_steps={search.first}, last_key_steps={search.last}{gap} over {search.steps} steps"
     if not feasible:
         return (
             f"no number of key steps is feasible with {constraints}: raise max_gap, or raise first_key_steps where the "

@@ -11,6 +11,14 @@ from dpcache.errors import DPCacheError
 FAILED, BAD_USAGE, INTERRUPTED = 1, 2, 130
 #: So many characters of a message are shown: some libraries append their documentation.
 _LENGTH = 700
+#: What the library advises to call -> the commands that do it.
+_COMMANDS = (
+    (re.compile(r"do without: dpcache\.enable\(pipe, num_key_steps=(\d+)\)"), r"do without: -k \1"),
+    (re.compile(r"pass scheduler=pipe\.scheduler, on which \S+ has been called"), "calibrate with these --steps"),
+    (re.compile(r"\bdpcache\.calibrate\(pipe, inputs\)"), "`dpcache calibrate`"),
+)
+#: Other calls are left as they are.
+_CALL = re.compile(r"(\bdpcache\.(?!Recipe\b)\w+\([^()]*\))")
 #: What the library calls its arguments -> the options that set them.
 _OPTIONS = (
     (re.compile(r"\bRecipe\((.*?)\)"), r"\1"),
@@ -19,7 +27,11 @@ _OPTIONS = (
     (re.compile(r"\bnum_key_steps\b"), "--key-steps"),
     (re.compile(r"\bnum_inference_steps\b"), "--steps"),
     (re.compile(r"\bmax_error\b"), "--max-error"),
-    (re.compile(r"\bdpcache\.calibrate\(pipe, inputs\)"), "`dpcache calibrate`"),
+    (re.compile(r"\bspeedup (?=must|and)"), "--speedup "),
+    (re.compile(r"\bfirst_key_steps\b"), "--first"),
+    (re.compile(r"\blast_key_steps\b"), "--last"),
+    (re.compile(r"\bmax_gap\b"), "--max-gap"),
+    (re.compile(r"(?<=--first)=|(?<=--last)=|(?<=--max-gap)="), " "),
     (re.compile(r"give one as filename="), "name one behind a slash, like user/repo/FILE"),
     (re.compile(r",? or give token="), ""),
 )
@@ -75,9 +87,12 @@ def _told(error: BaseException) -> tuple[int, str]:
 
 
 def _in_options(text: str) -> str:
+    for call, command in _COMMANDS:
+        text = call.sub(command, text)
+    parts = _CALL.split(text)
     for argument, option in _OPTIONS:
-        text = argument.sub(option, text)
-    return text
+        parts[::2] = [argument.sub(option, part) for part in parts[::2]]
+    return "".join(parts)
 
 
 def _usage(error: BaseException) -> str:

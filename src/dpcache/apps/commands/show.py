@@ -203,7 +203,7 @@ def _trade_off(
         figure = f"{shown[k]:.3%}" if errors else f"{shown[k]:.3g}"
         cells = ("→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, _bar(share), _short_strip(plan, steps))
         table.add_row(*cells, style="bold" if k == chosen else None)
-    found: list[Table | str] = [f"\nbest single plans by {method} cost: {kind}", table]
+    found: list[Table | str] = [f"\nbest plans by {method} cost: {kind}", table]
     if chosen in plans:
         found.append(f"{chosen} key steps: {listed(plans[chosen].key_steps)}")
     elif chosen is not None:
