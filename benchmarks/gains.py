@@ -186,8 +186,8 @@ HEAD = """# What I gain on my model
 What to expect of models that many use: how many calls are computed, what quality others have published, and what it
 costs in calibration and memory. **None of these models was run here.** Quality is PSNR against the full run of 50
 steps, of schedules by the method that this library began with. Where nothing is published it is unmeasured here:
-`dpcache bench MODEL` measures it where the weights are. What this library adds to that method is measured on small models
-that are as hard ([every default at every K](defaults.md)).
+`dpcache bench MODEL` measures it where the weights are. What this library adds to that method is measured on small
+models that are as hard ([every default at every K](defaults.md)).
 
 | model | computed | T / K | published quality | one plan | measured plan | search |
 |---|---|---|---|---|---|---|

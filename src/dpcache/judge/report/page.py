@@ -5,6 +5,7 @@ import hashlib
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from importlib.metadata import version
@@ -177,10 +178,10 @@ def _packed(named: Mapping[str, Comparison], room: float, render: Callable[[Sequ
     rest = len(render([], Packing()))
     cases: list[Case] = []
     for packing in PACKINGS:
-        some = [_case(n, named, packing).size for n in order[:: max(1, len(order) // TRIED)]]
+        some = [case.size for case in _cases(order[:: max(1, len(order) // TRIED)], named, packing)]
         if rest + np.mean(some) * len(order) > room and packing is not PACKINGS[-1]:
             continue
-        cases = [_case(n, named, packing) for n in order]
+        cases = _cases(order, named, packing)
         page = render(cases, packing)
         if len(page) <= room:
             return page
@@ -302,6 +303,11 @@ def _worst_first(named: Mapping[str, Comparison]) -> list[int]:
     """Numbers of the inputs, the one with the worst PSNR under any schedule first."""
     worst = np.min([[sample.psnr for sample in comparison.samples] for comparison in named.values()], axis=0)
     return [int(n) for n in np.argsort(worst, kind="stable")]
+
+
+def _cases(numbers: Sequence[int], named: Mapping[str, Comparison], packing: Packing) -> list[Case]:
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return list(pool.map(lambda number: _case(number, named, packing), numbers))
 
 
 def _case(number: int, named: Mapping[str, Comparison], packing: Packing) -> Case:

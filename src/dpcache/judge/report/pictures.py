@@ -2,11 +2,8 @@
 
 import base64
 import io
-import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -15,7 +12,6 @@ from PIL import Image
 from dpcache.judge.differences import HEAT, difference
 
 Picture = npt.NDArray[np.floating[Any]]
-Made = TypeVar("Made")
 
 #: Small pictures are shown enlarged by a whole number, to about this width in pixels.
 SHOWN_WIDTH = 320
@@ -101,20 +97,12 @@ def embed_difference(full: Picture, other: Picture, amplified: float, packing: P
 
 
 def _embedded(picture: Picture, packing: Packing, palette: bytes | None = None) -> Embedded:
-    def pack(frame: Picture) -> tuple[str, tuple[int, int]]:
-        image = _image(frame, packing.scale)
+    images = [_image(frame, packing.scale) for frame in (picture if picture.ndim == 4 else picture[None])]
+    for image in images:
         if palette is not None:
             image.putpalette(palette)
-        return _webp(image, packing), image.size
-
-    packed = _in_threads(pack, picture if picture.ndim == 4 else picture[None])
-    uris = tuple(uri for uri, _ in packed)
-    return Embedded(uris[0], uris if picture.ndim == 4 else (), *packed[0][1])
-
-
-def _in_threads(work: Callable[[Picture], Made], frames: Sequence[Picture] | Picture) -> list[Made]:
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(work, frames))
+    uris = tuple(_webp(image, packing) for image in images)
+    return Embedded(uris[0], uris if picture.ndim == 4 else (), *images[0].size)
 
 
 def _image(frame: Picture, scale: float) -> Image.Image:
