@@ -12,6 +12,8 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from dpcache.errors import GridError
+
 from . import terminal
 from .arguments import load, read_inputs, read_settings
 from .compare import plans
@@ -156,15 +158,19 @@ def _ways(
     from dpcache.plan.schedule import Schedule
 
     call: tuple[Any, dict[str, Any], int] = first_input, arguments, seed
-    (curve,) = plans(pipeline, [Source(None, budget)], None, *call)
-    found: dict[str, Way | list[Way] | Exception] = {"no calibration": scheduled(curve[1])}
+    found: dict[str, Way | list[Way] | Exception] = {}
+    try:
+        ((_, curve),) = plans(pipeline, [Source(None, budget)], None, *call)
+        found["no calibration"] = scheduled(curve)
+    except GridError as error:  # the sampler's noise levels are not known
+        found["no calibration"] = error
     if isinstance(followed, Schedule):
         check(pipeline, Source(name), followed)
         found[f"schedule {Source(name).short}"] = scheduled(followed)
     elif followed is not None:
-        (plan,) = plans(pipeline, [Source(name, budget)], followed, *call)
-        found[f"plan of {Source(name).short}"] = scheduled(plan[1])
-    found["even spacing"] = scheduled(Schedule.uniform(budget, steps, boundary=curve[1].boundary))
+        ((_, plan),) = plans(pipeline, [Source(name, budget)], followed, *call)
+        found[f"plan of {Source(name).short}"] = scheduled(plan)
+    found["even spacing"] = scheduled(Schedule.uniform(budget, steps, boundary="output"))
     try:
         found[_TAYLORSEER] = taylorseers(budget, steps, pipeline.dtype)
     except ImportError as error:
