@@ -355,13 +355,13 @@ def _quality(
     if len({comparison.schedule.num_key_steps for comparison in named.values()}) > 1:
         found["measured"] = Markup(quality_curve(list(named.values())))
     if calibration is not None and len(calibration.tried) and plans:
-        errors = {
-            k: calibration.expected_error(calibration.schedule(plan.key_steps, recipe)) for k, plan in plans.items()
-        }
-        chosen = {name: (c.schedule.num_key_steps, calibration.expected_error(c.schedule)) for name, c in named.items()}
+        steps = calibration.facts.num_inference_steps  # with so many key steps there is no error
+        schedules = {k: calibration.schedule(plan.key_steps, recipe) for k, plan in plans.items() if k < steps}
+        errors = {k: calibration.expected_error(schedule) for k, schedule in schedules.items()}
+        marked = {name: one.schedule for name, one in named.items() if one.schedule.num_key_steps < steps}
+        chosen = {name: (one.num_key_steps, calibration.expected_error(one)) for name, one in marked.items()}
         told = "; ".join(f"{name}: {error:.2%}" for name, (_, error) in chosen.items())
         about = f"Curve of the expected error against the number of key steps. Marked: {told}."
-        steps = calibration.facts.num_inference_steps
         found["expected"] = Markup(trade_off(errors, chosen, steps, about, what="expected error"))
     if len(next(iter(named.values())).samples) >= MANY:
         found["histogram"] = Markup(histogram({name: [s.psnr for s in c.samples] for name, c in named.items()}))
