@@ -105,6 +105,7 @@ def show(chromium: Any) -> Iterator[Any]:
 
     def open_page(report: SimpleNamespace, **settings: Any) -> Any:
         page = chromium.new_page(**{"viewport": {"width": 1200, "height": 900}, **settings})
+        page.set_default_timeout(120_000)  # many pictures, on a busy machine
         page.on("console", lambda message: complaints.append(message.text))
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: complaints.append(dialog.message))

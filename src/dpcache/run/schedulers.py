@@ -61,7 +61,8 @@ def stepped_influence(scheduler: Any) -> Array:
         alone = _alone(scheduler)
         output, sample = _SMALL * torch.randn(2, *_SHAPE, generator=torch.Generator().manual_seed(seed))
         received = torch.cat([output, torch.zeros_like(output)], dim=1) if _learns_variance(scheduler) else output
-        path, scales = [sample], []
+        # As large as loops begin: from a small one the shares of sample and output could hardly be told apart.
+        path, scales = [sample * float(getattr(alone, "init_noise_sigma", 1.0))], []
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)  # of the noise, the same in both
             for timestep in alone.timesteps:
