@@ -121,7 +121,8 @@ below it, a miss. No calibration is excused on the easy models, where a plan kno
 - *no calibration*: `enable(pipe, num_key_steps=K)`, a smooth curve and the trend, corrected where T / K is at most 4,
   at the denoiser's output.
 - *one plan*: `calibrate(..., sensitivity="measured")` on {calibrated} inputs, then `plan(K)`.
-- *optimize*: one search for each K, with the budget that is named.
+- *optimize*: one search for each K, with the budget that is named. Figures with a \\* are by an earlier search,
+  which did not measure what errors do to the outcome.
 """
 
 
@@ -146,7 +147,8 @@ def _section(result: Row) -> str:
             counted = way in DEFAULTS and not (regime == "easy" and way == "no calibration")
             misses += below and counted
             text = "" if row is None else f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
-            cells.append(f"**{text}**" if below and counted else text)
+            earlier = way == "optimize" and row is not None and "source" not in row
+            cells.append((f"**{text}**" if below and counted else text) + ("\\*" if earlier else ""))
         best = max(plain_rows, key=lambda row: row["psnr_mean"])["way"]
         body.append([k, *cells, f"{floor[0]:.1f} ({floor[1]:.1f})", best])
     head = ["K", *ways, "best plain way", "which (mean)"]
