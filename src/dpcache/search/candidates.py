@@ -132,7 +132,7 @@ class Candidates:
         return self._made[keys.steps, way.name]
 
     def _candidate(self, schedule: Schedule, keys: KeySteps, way: Way) -> Candidate:
-        is_plain = keys.steps == self._even().steps and way in TAYLOR
+        is_plain = keys.steps == self._even.steps and way in TAYLOR
         return self._different.setdefault(
             turns(schedule), Candidate(schedule, keys, way, is_plain, self._expected(schedule))
         )
@@ -148,7 +148,7 @@ class Candidates:
 
     def usual(self) -> list[Candidate]:
         """What one would do without trying anything, the simplest first: the plain ways, the smooth curve, a plan."""
-        ways = [(self._smooth(), TREND), *((self._even(), way) for way in TAYLOR)]
+        ways = [(self._smooth(), TREND), *((self._even, way) for way in TAYLOR)]
         if self._frame is not None:
             ways.append((self._smooth(), TREND_CORRECTED))
         found = [self.make(keys, way) for keys, way in ways]
@@ -161,7 +161,7 @@ class Candidates:
     def key_steps(self) -> list[KeySteps]:
         """Every choice of key steps, the likeliest first."""
         found: dict[tuple[int, ...], KeySteps] = {}
-        kinds = [[self._smooth()], self._planned(), self._curves(), self._scaled(), [self._even()], self._choices()]
+        kinds = [[self._smooth()], self._planned(), self._curves(), self._scaled(), [self._even], self._choices()]
         for keys in itertools.chain.from_iterable(kinds):
             found.setdefault(keys.steps, keys)
         return list(found.values())
@@ -199,6 +199,7 @@ class Candidates:
     def _smooth(self) -> KeySteps:
         return KeySteps(smooth_key_steps(self.num_key_steps, self.num_steps), "the smooth curve")
 
+    @cached_property
     def _even(self) -> KeySteps:
         return KeySteps(Schedule.uniform(self.num_key_steps, self.num_steps).key_steps, "even spacing")
 
