@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import dpcache
 from dpcache.measure import taylor_errors
-from dpcache.plan.costs import sampler_cost, schedule_cost
+from dpcache.plan.costs import sampler_cost, schedule_cost, schedule_costs
 from dpcache.plan.predictors import Fitted, Taylor, chosen_ridge, taylor_coefficients
 from dpcache.run.schedulers import step_influence
 
@@ -94,6 +94,8 @@ def test_a_schedules_cost_is_that_of_its_path_where_the_tensor_knows_its_history
     plan = dpcache.plan(cost, 5, first_key_steps=1)
     schedule = dpcache.Schedule.from_key_steps(plan.key_steps, 12, order=1)
     assert schedule_cost(gram, weights, schedule, power=power) == pytest.approx(plan.cost)
+    alone = [schedule_cost(one[None], weights, schedule, power=power) for one in gram]
+    assert schedule_costs(gram, weights, schedule, power=power).tolist() == pytest.approx(alone)
 
 
 def test_the_ridge_that_errs_least_on_other_runs_is_chosen():

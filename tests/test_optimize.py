@@ -2,6 +2,7 @@
 
 import re
 import time
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -14,7 +15,7 @@ from dpcache.run.entry import entered
 from dpcache.run.inputs import as_numbers, call_arguments, seeded
 from dpcache.search import budget as budgets
 from dpcache.search.budget import Budget
-from dpcache.search.candidates import TAYLOR, TREND, Candidate, KeySteps, scaled
+from dpcache.search.candidates import TAYLOR, TREND, Candidate, Candidates, KeySteps, scaled
 from dpcache.search.contest import Contest
 from dpcache.search.full_runs import Draw, dealt, recorded
 from dpcache.search.objectives import Objective, worst_error
@@ -237,6 +238,21 @@ def test_a_contest_finds_what_is_best_and_more_runs_find_more():
     assert all(more < less for less, more in pairwise(reached.values())), reached
     alike = Made(np.ones((24, 4, 6)))
     assert Contest(alike, 6, Looking(alike, 240), average_error).best() is alike.usual()[0]
+
+
+def test_what_is_expected_of_a_candidate_is_what_its_dearest_inputs_cost(flux):
+    calibration = dpcache.calibrate(flux, PROMPTS[:4], progress=False, **CALL)
+
+    def expected(factors):
+        gram = calibration.gram * np.array(factors)[:, None, None] ** 2
+        known = {"boundary": "blocks", "model": calibration.facts.model, "sigmas": calibration.facts.sigmas}
+        candidates = Candidates(4, STEPS, replace(calibration, gram=gram), **known)
+        return candidates.make(candidates.key_steps[0], TREND).expected
+
+    assert len(calibration.gram) == 4
+    alone = [expected(np.eye(4)[n]) for n in range(4)]
+    assert expected([1, 1, 1, 1]) == pytest.approx(max(alone))
+    assert expected([1, 100, 1, 1]) == pytest.approx(100 * alone[1])
 
 
 def test_several_numbers_of_key_steps_share_the_full_runs(flux):

@@ -56,7 +56,7 @@ class Calibration(HubFile):
             `sensitivity.ratios`), NaN at steps that were not probed; no inputs where it was not measured.
         tried: float64 [trials, T], 1 at the key steps of Taylor schedules that were run for real, else 0.
         tried_error: float64 [trials], their measured errors: RMS difference of the final sample from the full run's, as
-            a share of that; averaged over inputs by `trials.average_error`.
+            a share of that; mean over inputs.
     """
 
     KIND: ClassVar[str] = "calibration"

@@ -69,13 +69,20 @@ def sampler_cost(
 def schedule_cost(
     gram: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], schedule: Schedule, *, power: float = 2.0
 ) -> float:
-    """What a schedule costs with its own coefficients, from the key steps that it really predicts from.
+    """What a schedule costs with its own coefficients, from the key steps that it really predicts from: mean over runs.
 
     Arguments and unit as in `sampler_cost`, which has to guess the key steps before the last two.
 
     Raises:
         TypeError, ValueError: as `sampler_cost`, or a schedule for another number of steps.
     """
+    return float(schedule_costs(gram, weights, schedule, power=power).mean())
+
+
+def schedule_costs(
+    gram: npt.NDArray[np.float64], weights: npt.NDArray[np.float64], schedule: Schedule, *, power: float = 2.0
+) -> npt.NDArray[np.float64]:
+    """float64 [runs]: as `schedule_cost`, for each run."""
     _check(gram, weights, power)
     steps = len(weights)
     if schedule.num_inference_steps != steps:
@@ -83,10 +90,10 @@ def schedule_cost(
             f"the schedule is for {schedule.num_inference_steps} steps, what was measured for {steps}: give one for "
             f"{steps} steps."
         )
-    total = 0.0
+    total = np.zeros(len(gram))
     for key, after in pairwise([*schedule.key_steps, steps]):
         error = hop_error(weights, schedule, key, after)
-        total += float((np.maximum(error @ gram @ error, 0) ** (power / 2)).mean())
+        total += np.maximum(gram @ error @ error, 0) ** (power / 2)
     return total
 
 

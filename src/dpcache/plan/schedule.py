@@ -112,7 +112,7 @@ class Schedule(HubFile, BaseModel):
     error: float | None = Field(
         default=None,
         description="Measured: root mean square difference of what the pipeline returns from its full run, as a "
-        "fraction of that; the inputs averaged by the square root.",
+        "fraction of that; mean over inputs.",
     )
     expected_error: float | None = Field(default=None, description="Likewise, but computed from a calibration.")
     source: str | None = Field(default=None, description="How it came about, for people.")

@@ -12,7 +12,7 @@ from dpcache.errors import CalibrationError, InfeasibleBudgetError
 from dpcache.measure.calibration import Calibration
 from dpcache.plan.builtin import builtins
 from dpcache.plan.corrections import by_gram, corrected
-from dpcache.plan.costs import schedule_cost
+from dpcache.plan.costs import schedule_costs
 from dpcache.plan.curves import EXPONENT, smooth_key_steps
 from dpcache.plan.grids import frame
 from dpcache.plan.predictors import Predictor, Taylor, Trend
@@ -29,6 +29,10 @@ READY_MADE = (9, 13, 21)
 READY_MADE_STEPS = 50
 SHARES = (1.0, 0.0)
 """Of the measured sensitivity, beside the usual one of plans."""
+POWER = 4.0
+"""Of a hop's error in the cost of plans that heed the worst inputs and the largest hops, beside the usual 2."""
+DEAREST = 0.25
+"""Of the recorded inputs, the share whose costs say what to expect of a candidate."""
 ALL_CHOICES = 12
 """Up to so many steps every choice of key steps is among the candidates."""
 
@@ -191,10 +195,11 @@ class Candidates:
         return corrected(made, self._frame, by_gram(self._calibration.gram.mean(axis=0), self._frame.moves))
 
     def _expected(self, schedule: Schedule) -> float | None:
-        """The root of its cost."""
+        """The root of its cost, mean over the dearest of the recorded inputs: these make the bad pictures."""
         if self._calibration is None or not len(self._calibration.gram):
             return None
-        return math.sqrt(schedule_cost(self._calibration.gram, self._calibration.weights(), schedule))
+        costs = np.sort(schedule_costs(self._calibration.gram, self._calibration.weights(), schedule))
+        return float(np.sqrt(costs[-math.ceil(DEAREST * len(costs)) :].mean()))
 
     def _smooth(self) -> KeySteps:
         return KeySteps(smooth_key_steps(self.num_key_steps, self.num_steps), "the smooth curve")
@@ -209,6 +214,9 @@ class Candidates:
         recipes = {f"a plan for order {order}": Recipe(order=order) for order in (2, 1, 0)}
         recipes["a plan for the trend"] = Recipe("trend")
         named = dict(recipes)
+        named |= {
+            f"{name}, errors to the power {POWER:g}": replace(recipe, power=POWER) for name, recipe in recipes.items()
+        }
         for share in SHARES if self._calibration.is_measured else ():
             what = f"{share:.0%} of the measured sensitivity"
             named |= {f"{name}, {what}": replace(recipe, measured=share) for name, recipe in recipes.items()}

@@ -99,9 +99,9 @@ def optimize(
         num_inference_steps: T of the pipeline's call.
         boundary: what to cache and predict (see `calibrate`).
         objective: what to make least. `"mean"`: the error of the outputs (RMS difference from the full run's,
-            relative), averaged by the square root, which sees the bad ones. `"worst"`: the mean error of the worst
-            quarter. Or a function metric(output, reference) -> float of two decoded pictures, float [H, W, C] in [0, 1]
-            ([F, H, W, C] for clips), lower is better; its values are averaged.
+            relative), mean over inputs. `"worst"`: the mean error of the worst quarter. Or a function
+            metric(output, reference) -> float of two decoded pictures, float [H, W, C] in [0, 1] ([F, H, W, C] for
+            clips), lower is better; its values are averaged.
         seed: of the noise.
         progress: show a progress bar.
         checkpoint: a file that keeps every result: called again with it, only what is missing is run. It may be used
