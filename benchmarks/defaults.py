@@ -18,7 +18,7 @@ from pathlib import Path
 from tqdm.auto import tqdm
 
 import dpcache
-from benchmarks.subjects import RESULTS, ROOT, Row, Subject, plain, rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, Row, Subject, plain, regime, rounded, scores, table
 from dpcache.zoo import BUNDLED
 
 KEY_STEPS = {50: tuple(range(4, 21)), 8: (4, 5, 6), 20: (6, 8, 10), 28: (6, 8, 10)}
@@ -135,7 +135,6 @@ def page(results: Sequence[Row]) -> str:
 def _section(result: Row) -> str:
     found = {(row["way"], row["k"]): row for row in result["rows"]}
     ways = [way for way in (*DEFAULTS, PAPER) if any(way == known for known, _ in found)]
-    regime = "hard" if result["model"].startswith("hard") else "easy"
     body, misses = [], 0
     for k in sorted({k for _, k in found}):
         plain_rows = [found[way, k] for way in PLAIN if (way, k) in found]
@@ -144,7 +143,7 @@ def _section(result: Row) -> str:
         for way in ways:
             row = found.get((way, k))
             below = row is not None and (row["psnr_mean"] < floor[0] - GRACE or row["psnr_p5"] < floor[1] - GRACE)
-            counted = way in DEFAULTS and not (regime == "easy" and way == "no calibration")
+            counted = way in DEFAULTS and not (regime(result["model"]) == "easy" and way == "no calibration")
             misses += below and counted
             text = "" if row is None else f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
             earlier = way == "optimize" and row is not None and "source" not in row
@@ -153,7 +152,7 @@ def _section(result: Row) -> str:
         body.append([k, *cells, f"{floor[0]:.1f} ({floor[1]:.1f})", best])
     head = ["K", *ways, "best plain way", "which (mean)"]
     asked = f"{misses} misses" if misses != 1 else "1 miss"
-    title = f"## {result['model']} ({regime}), T = {result['steps']}"
+    title = f"## {result['model']} ({regime(result['model'])}), T = {result['steps']}"
     return f"{title}\n\n{result['inputs']} inputs; {asked}; budget {result['budget']} full runs.\n\n{table(head, body)}"
 
 

@@ -87,6 +87,11 @@ class Subject:
         return [item for item, text in zip(pool, texts, strict=False) if set(text.split()) & set(colours)][:count]
 
 
+def regime(model: str) -> str:
+    """Of a bundled model: whether few steps are within reach of many, or far from them as with real ones."""
+    return "hard" if model.startswith("hard") else "easy"
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
