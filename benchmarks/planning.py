@@ -10,6 +10,7 @@ Writes benchmarks/results/planning_<model>.json and docs/planning.md.
 import argparse
 import json
 from collections.abc import Sequence
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ FINE = (100, 200)
 FINE_BUDGETS = (13, 20)
 CONVERGED = 1000
 """Steps of the solution that stands for the exact one: all that DDIM has."""
+ALIKE = 8
+"""Inputs whose pictures are held against each other, and how many of each."""
 EXPECTED = (7, 9, 11, 13, 16, 20)
 """K at which the expected error is compared with the measured one."""
 
@@ -97,6 +100,24 @@ def expected_errors(subject: Planned, calibration: dpcache.Calibration) -> list[
     return rows
 
 
+def diversity(subject: Planned, calibration: dpcache.Calibration) -> list[Row]:
+    """How far pictures of one input, from other noise, lie apart: does what is predicted draw the same ones?"""
+    inputs = [item for item in subject.inputs[:ALIKE] for _ in range(ALIKE)]
+
+    def apart(schedule: dpcache.Schedule | None, steps: int = STEPS) -> float:
+        pictures, _ = subject.drawn(inputs, schedule, steps)
+        of_each = pictures.reshape(len(inputs) // ALIKE, ALIKE, -1)
+        two = [pair for some in of_each for pair in combinations(some, 2)]
+        return float(np.mean([np.sqrt(((one - other) ** 2).mean()) for one, other in two]))
+
+    rows: list[Row] = [{"k": STEPS, "way": "the full run", "apart": apart(None)}]
+    for k in BUDGETS:
+        rows.append({"k": k, "way": "one plan", "apart": apart(calibration.plan(k))})
+        rows.append({"k": k, "way": "no calibration", "apart": apart(subject.uncalibrated(k))})
+        rows.append({"k": k, "way": "the sampler alone", "apart": apart(None, k)})
+    return rows
+
+
 def calibration_sets(subject: Planned, full: Pictures) -> list[Row]:
     """One plan and the paper's, both from the same few inputs and nothing else."""
     pool = subject.model.calibration_inputs(36)
@@ -148,6 +169,7 @@ def measure(model: str, num_inputs: int, converged_inputs: int) -> Row:
         "inputs": num_inputs,
         "recipes": recipes(subject, calibration, full),
         "expected": expected_errors(subject, calibration),
+        "diversity": diversity(subject, calibration),
         "sets": calibration_sets(subject, full),
         "converged_inputs": min(converged_inputs, num_inputs),
         "grids": fine_grids(subject, converged_inputs),
@@ -188,6 +210,16 @@ def page(results: Sequence[Row]) -> str:
         for way in ("one plan", "the paper's plan")
     ]
     parts.append(table(["calibrated on", "way", *heads], body))
+    parts += [
+        "## Diversity\n",
+        f"RMS difference between two pictures of the same input from other noise, in [0, 1], mean over {ALIKE} inputs "
+        f"and the pairs among {ALIKE} pictures of each. A way that draws ever the same shows less than the full run.\n",
+    ]
+    body = [
+        [row["k"], row["way"], *(f"{_row(r['diversity'], k=row['k'], way=row['way'])['apart']:.3f}" for r in results)]
+        for row in results[0]["diversity"]
+    ]
+    parts.append(table(["full calls", "way", *heads], body))
     parts += [
         "## Finer grids\n",
         f"Skipped steps cost next to nothing, so the grid may be finer. PSNR of final latents, dB, against {CONVERGED} "

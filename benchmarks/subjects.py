@@ -38,11 +38,12 @@ class Subject:
 
     def draw(self, schedule: dpcache.Schedule | None = None, steps: int = STEPS) -> tuple[Pictures, int]:
         """Every held-out input, in full or with a schedule; and the denoiser calls run in full for each batch."""
-        return self._draw(self.inputs, schedule, steps)
+        return self.drawn(self.inputs, schedule, steps)
 
-    def _draw(
+    def drawn(
         self, inputs: Sequence[Inputs], schedule: dpcache.Schedule | None, steps: int, batch: int = 16
     ) -> tuple[Pictures, int]:
+        """As `draw`, with other inputs."""
         pictures: list[Pictures] = []
         calls = 0
         for arguments in self.batches(inputs, steps, batch):
