@@ -138,9 +138,9 @@ def document(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> 
 def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Table:
     """A row for every schedule."""
     first = comparisons[0]
-    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="PSNR in dB, against the full run.")
     found.add_column("schedule", overflow="fold")
-    headings = ["key steps", "blocks run", "speedup", "PSNR dB", "worst", "SSIM"]
+    headings = ["K", "blocks run", "speedup", "PSNR", "worst", "SSIM"]
     if first.psnr_p5 is not None:
         headings.insert(4, "5th pct")
     if first.flip_mean is not None:
