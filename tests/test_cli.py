@@ -19,6 +19,7 @@ from PIL import Image
 import dpcache
 from dpcache.apps import cli
 from dpcache.apps.commands import show, terminal
+from dpcache.apps.commands.failures import failure
 from dpcache.measure.fingerprint import fingerprint
 from dpcache.plan.planner import Plan
 from dpcache.plan.schedule import listed
@@ -377,6 +378,13 @@ def test_wrong_usage(run, monkeypatch, files, words, code, message):
         assert (got, out) == (code, "")
         document = json.loads(err.splitlines()[-1])
         assert document["exit_code"] == code and message in document["error"]
+
+
+def test_a_package_that_does_not_fit_is_told_by_what_it_raised():
+    error = ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'.")
+    error.__cause__ = RuntimeError("operator torchvision::nms does not exist")
+    told = failure(error)
+    assert told.message == f"{error} RuntimeError: operator torchvision::nms does not exist."
 
 
 def test_debug_shows_where(run):

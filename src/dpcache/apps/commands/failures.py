@@ -87,10 +87,12 @@ def _told(error: BaseException) -> tuple[int, str]:
         # The text of an error of the system begins with its number.
         known = [str(part) for part in (error.filename, error.strerror, _REMEDIES.get(error.errno or 0)) if part]
         return FAILED, _ended(": ".join(known)) if error.strerror else _in_options(str(error))
-    if isinstance(error, ModuleNotFoundError) and not _is_ours(error.__traceback__):
+    if isinstance(error, ModuleNotFoundError) and error.name and not _is_ours(error.__traceback__):
         return FAILED, f"{error.name} is needed here and not installed: pip install {error.name}"
     if isinstance(error, ImportError):
-        return FAILED, str(error)
+        # A package that is there and does not fit the others is told by what it raised.
+        own = f" {type(cause).__name__}: {_ended(str(cause))}" if (cause := error.__cause__) is not None else ""
+        return FAILED, _cut(str(error)) + own
     if isinstance(error, MemoryError):
         return FAILED, f"out of memory: {_ended(str(error))}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
