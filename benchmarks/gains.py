@@ -1,4 +1,6 @@
-"""What is gained on the models that people use, and what it costs: docs/gains.md, by `python -m benchmarks.gains`.
+"""What is gained on the models that people use, and what it costs: docs/gains.md and the rows of README's table.
+
+Both are written by `python -m benchmarks.gains`.
 
 Quality is what was published, with its source: none of these models was run here. Memory is computed from the models'
 published configurations, which are the defaults of their classes in diffusers, by `value`; tests/test_gains.py holds
@@ -17,7 +19,7 @@ import dpcache
 from dpcache.measure import measuring
 from dpcache.measure.sensitivity import probing_calls
 
-PAGE = Path(__file__).parents[1] / "docs" / "gains.md"
+PAGE, README = (Path(__file__).parents[1] / name for name in ("docs/gains.md", "README.md"))
 SPEEDUP = 50 / 13
 INPUTS = 10
 #: Values held of each call of a step: by Taylor of order 2, the default of plans; by the trend, without a calibration.
@@ -37,10 +39,11 @@ class Model:
 
     Attributes:
         name: for people.
+        pipeline: class in diffusers; its call's default is T.
         denoiser: class in diffusers.
         size: height, width, and frames.
         packed: pixels of a side, and frames, that become one latent.
-        steps: T.
+        steps: T where the model's own release says another than the pipeline.
         batch: of all calls of a step, with and without the prompt.
         text: tokens of text that the last block returns too.
         audio: tokens of sound.
@@ -49,10 +52,11 @@ class Model:
     """
 
     name: str
+    pipeline: str
     denoiser: str
     size: tuple[int, int, int]
     packed: tuple[int, int] = (8, 1)
-    steps: int = 50
+    steps: int = 0
     batch: int = 1
     text: int = 0
     audio: int = 0
@@ -60,8 +64,17 @@ class Model:
     quality: str = UNMEASURED
 
     @property
+    def short(self) -> str:
+        return self.name.split(",")[0]
+
+    @property
     def is_video(self) -> bool:
         return self.size[2] > 1
+
+    def __post_init__(self) -> None:
+        if not self.steps:
+            call = getattr(diffusers, self.pipeline).__call__
+            object.__setattr__(self, "steps", inspect.signature(call).parameters["num_inference_steps"].default)
 
     @property
     def key_steps(self) -> int:
@@ -74,50 +87,73 @@ class Model:
         return value(config, self.size, self.packed, self.batch, self.text, self.audio)
 
 
+#: Sound of LTX-2: a latent for each of 25 frames a second, at 24 frames a second of picture.
+SOUND = round(121 / 24 * 25)
+FLUX = Model(
+    "FLUX.1-dev",
+    "FluxPipeline",
+    "FluxTransformer2DModel",
+    (1024, 1024, 1),
+    packed=(16, 1),
+    steps=50,  # the model card's example and both papers; diffusers: 28
+    quality=f"21.65 dB at K = 13, 18.77 at 9 ({DPCACHE}); 20.94 at 9 by the best of all schedules ({GOLDEN})",
+)
+HUNYUAN = Model(
+    "HunyuanVideo, 129 frames of 720p",
+    "HunyuanVideoPipeline",
+    "HunyuanVideoTransformer3DModel",
+    (720, 1280, 129),
+    packed=(8, 4),
+    quality=f"23.11 dB at K = 11, 21.04 at 9; VBench 80.35 and 80.23, in full 80.93 ({DPCACHE})",
+)
 MODELS = (
+    FLUX,
+    Model("FLUX.2-dev", "Flux2Pipeline", "Flux2Transformer2DModel", (1024, 1024, 1), packed=(16, 1), text=512),
+    Model("Qwen-Image", "QwenImagePipeline", "QwenImageTransformer2DModel", (1328, 1328, 1), batch=2),
     Model(
-        "FLUX.1-dev",
-        "FluxTransformer2DModel",
-        (1024, 1024, 1),
-        packed=(16, 1),
-        quality=f"21.65 dB at K = 13, 18.77 at 9 ({DPCACHE}); 20.94 at 9 by the best of all schedules ({GOLDEN})",
-    ),
-    Model("FLUX.2-dev", "Flux2Transformer2DModel", (1024, 1024, 1), packed=(16, 1), text=512),
-    Model("Qwen-Image", "QwenImageTransformer2DModel", (1328, 1328, 1), batch=2),
-    Model("Wan 2.1 14B, 81 frames of 720p", "WanTransformer3DModel", (720, 1280, 81), packed=(8, 4), batch=2),
-    Model("Wan 2.2 A14B, 81 frames of 720p", "WanTransformer3DModel", (720, 1280, 81), (8, 4), steps=40, batch=2),
-    Model(
-        "HunyuanVideo, 129 frames of 720p",
-        "HunyuanVideoTransformer3DModel",
-        (720, 1280, 129),
+        "Wan 2.1 14B, 81 frames of 720p",
+        "WanPipeline",
+        "WanTransformer3DModel",
+        (720, 1280, 81),
         packed=(8, 4),
-        quality=f"23.11 dB at K = 11, 21.04 at 9; VBench 80.35 and 80.23, in full 80.93 ({DPCACHE})",
+        batch=2,
     ),
+    Model(
+        "Wan 2.2 A14B, 81 frames of 720p",
+        "WanPipeline",
+        "WanTransformer3DModel",
+        (720, 1280, 81),
+        packed=(8, 4),
+        steps=40,  # sample_steps in the release's wan/configs/wan_t2v_A14B.py; diffusers: 50
+        batch=2,
+    ),
+    HUNYUAN,
     Model(
         "HunyuanVideo 1.5, 121 frames of 720p",
+        "HunyuanVideo15Pipeline",
         "HunyuanVideo15Transformer3DModel",
         (720, 1280, 121),
-        (16, 4),
+        packed=(16, 4),
         batch=2,
     ),
     Model(
         "LTX-2, 121 frames of 512 x 768",
+        "LTX2Pipeline",
         "LTX2VideoTransformer3DModel",
         (512, 768, 121),
         packed=(32, 8),
-        steps=40,
-        batch=2,
-        audio=126,
+        batch=4,  # with and without the prompt, without some blocks, without the other modality: all on by default
+        audio=SOUND,
     ),
     Model(
         "SD3.5 large",
+        "StableDiffusion3Pipeline",
         "SD3Transformer2DModel",
         (1024, 1024, 1),
-        steps=28,
         batch=2,
         config=(("num_attention_heads", 38), ("num_layers", 38)),
     ),
-    Model("SDXL", "UNet2DConditionModel", (1024, 1024, 1), batch=2),
+    Model("SDXL", "StableDiffusionXLPipeline", "UNet2DConditionModel", (1024, 1024, 1), batch=2),
 )
 
 
@@ -197,14 +233,15 @@ MEMORY = """
 Calibration in full runs, and in minutes at {picture} s a picture and {clip} s a clip. These times are assumed:
 multiply the runs by your own. *One plan* is `calibrate` with {inputs} inputs; *measured plan*, which large models want,
 the same with `sensitivity="measured"`; *search* is `optimize` with its default budget. With nothing calibrated,
-`enable(pipe, num_key_steps=K)`, there is nothing to run.
+`enable(pipe, num_key_steps=K)`, there is nothing to run. T is the default of diffusers' pipeline; for FLUX.1-dev and
+Wan 2.2 that of their own releases.
 
 ## Memory
 
-For one picture or clip in bfloat16. Held on the device: {held} values of each call of a step by a plan of order 2,
-{fewer} with nothing calibrated. In host memory while calibrating: the values of all steps of one run, and what the
-scheduler received. Computed from the published configurations; the tests hold the same formula against small models
-of the same classes.
+For one picture or clip in bfloat16, with the guidance that is on by default: LTX-2 has four values a step. Held on the
+device: {held} values of each call of a step by a plan of order 2, {fewer} with nothing calibrated. In host memory while
+calibrating: the values of all steps of one run, and what the scheduler received. Computed from the published
+configurations; the tests hold the same formula against small models of the same classes.
 
 | model | size | held at `"output"` | held at `"blocks"` | calibrating at `"output"` | at `"blocks"` |
 |---|---|---|---|---|---|
@@ -232,9 +269,50 @@ def render() -> str:
             for some in (held(model), while_calibrating(model))
             for where in ("output", "blocks")
         ]
-        memory.append(f"| {' | '.join((model.name.split(',')[0], size, *of))} |")
+        memory.append(f"| {' | '.join((model.short, size, *of))} |")
     about = MEMORY.format(inputs=INPUTS, picture=SECONDS[False], clip=SECONDS[True], held=HELD, fewer=HELD_UNCALIBRATED)
     return HEAD + "\n".join(gains) + "\n" + about + "\n".join(memory) + "\n" + AFTER
+
+
+def rows() -> list[str]:
+    """README's: a line for each model with published figures, one for the other pictures, one for the other clips."""
+    paper = DPCACHE.replace("DPCache", "paper")
+    published = {
+        FLUX: ("13 of 50", f"21.65 dB, at K = 9 18.77 ({paper}), 20.94 ([best of all](docs/golden.md))"),
+        HUNYUAN: ("11 of 50", f"23.11 dB, at K = 9 21.04 ({paper})"),
+    }
+    found = []
+    for known in (FLUX, HUNYUAN):
+        others = [model for model in MODELS if model.is_video == known.is_video and model not in published]
+        for models in ([known], others):
+            runs = [calibration_runs(model.steps) for model in models]
+            measured, search = sorted(some["measured"] for some in runs), runs[0]["search"]
+            unit = "h" if known.is_video else "min"
+            each = SECONDS[known.is_video] / {"h": 3600, "min": 60}[unit]
+            cells = [
+                ", ".join(model.short for model in models),
+                ", ".join(dict.fromkeys(f"{model.key_steps} of {model.steps}" for model in models)),
+                UNMEASURED,
+                f"{_range([f'{count:.0f}' for count in measured])}, {search:.0f} "
+                f"({measured[-1] * each:.0f}, {search * each:.0f} {unit})",
+                ", ".join(_held(models, where) for where in ("output", "blocks")),
+            ]
+            if models == [known]:
+                cells[1:3] = published[known]
+            found.append(f"| {' | '.join(cells)} |")
+    return found
+
+
+def _held(models: "list[Model]", where: str) -> str:
+    amounts = sorted(held(model)[where] for model in models if where in held(model))
+    return _range([_bytes(amount) for amount in amounts])
+
+
+def _range(texts: list[str]) -> str:
+    """From the first to the last; a unit that both have is told once."""
+    low, high = texts[0], texts[-1]
+    unit = f" {high.split()[-1]}" if " " in high else ""
+    return high if low == high else f"{low.removesuffix(unit)} to {high}"
 
 
 def _runs(count: float, seconds: float) -> str:
@@ -252,6 +330,10 @@ def _bytes(count: "float | None") -> str:
 
 def main() -> int:
     PAGE.write_text(render(), encoding="utf-8")
+    lines = README.read_text(encoding="utf-8").splitlines()
+    first = next(number for number, line in enumerate(lines) if line.startswith("| model | full calls |")) + 2
+    after = lines.index("", first)
+    README.write_text("\n".join([*lines[:first], *rows(), *lines[after:], ""]), encoding="utf-8")
     return 0
 
 

@@ -18,7 +18,10 @@ from PIL import Image
 
 import dpcache
 from dpcache.apps import cli
+from dpcache.apps.commands import show, terminal
+from dpcache.apps.commands.failures import failure
 from dpcache.measure.fingerprint import fingerprint
+from dpcache.plan.planner import Plan
 from dpcache.plan.schedule import listed
 
 STEPS = "12"
@@ -165,6 +168,20 @@ def test_plans_can_be_told_apart_at_60_columns(run, monkeypatch):
     assert code == 0 and "50 of 50 steps in full (0 to 49)" in out
 
 
+@pytest.mark.parametrize("steps", [100, 200, 1000])
+def test_long_loops_fit_into_60_columns(capsys, monkeypatch, steps):
+    monkeypatch.setenv("COLUMNS", "60")
+    spread = {k: tuple(sorted({number * steps // k for number in range(k)})) for k in range(1, steps // 2 + 1)}
+    plans = {k: Plan(keys, cost=k**-3.0) for k, keys in spread.items()}
+    terminal.result({}, *show._trade_off(plans, {}, steps, "sampler", 13), show._strip(spread[20], steps))
+    out = capsys.readouterr().out
+    assert "…" not in out and max(len(line) for line in out.splitlines() if "key steps:" not in line) <= 60
+    rows = [line for line in out.splitlines() if "░" in line]
+    assert 20 < len(rows) <= 31 and any(row.startswith("→  13") for row in rows)
+    whole = "".join(line.split()[-1] for line in out.splitlines()[-steps // 50 :])
+    assert [step for step, cell in enumerate(whole) if cell == "█"] == list(spread[20])
+
+
 def test_measured_calibration_goes_on_and_tells_errors(run):
     command = ("calibrate", "tiny-flux", RING, "-t", STEPS, "--sensitivity", "measured", "--checkpoint", "kept")
     assert run(*command, "-o", "one.safetensors")[0] == 0
@@ -275,6 +292,7 @@ def files(tmp_path_factory):
     calibration.plan(2, num_inference_steps=5).save(folder / "five.json")
     (folder / "broken.json").write_text('{"format": "dpcache.sch')
     (folder / "broken.safetensors").write_bytes(b"\x10\0\0")
+    (folder / "words.json").write_text("words")
     (folder / "empty.txt").write_text("\n")
     calibration.plan(2, num_inference_steps=5).save(folder / "held" / "five.json")
     return folder
@@ -296,13 +314,15 @@ def files(tmp_path_factory):
         ("show broken.json", 1, "Make it anew"),
         ("show broken.safetensors", 1, "Make it anew"),
         ("show s.json -k 3", 2, "point at plans of a calibration"),
+        ("show c.safetensors -k 7", 2, "--key-steps 7 is more than --steps 6"),
+        ("show empty.txt", 2, "neither a schedule (.json) nor a calibration (.safetensors)"),
         ("show builtin:13", 1, "say builtin:NAME:K"),
         ("show held/five.json -s held", 2, "point at plans of a calibration"),
         ("show held", 1, "it holds five.json: name one behind a slash"),
         ("export builtin:flux1-dev:99 --to sglang", 1, "have 5 to 25 key steps, not 99"),
         ("calibrate tiny-flax ring", 1, "did you mean tiny-flux?"),
         ("calibrate some/model", 2, "give prompts"),
-        ("calibrate tiny-flux --prompts missing.txt", 1, "missing.txt: No such file"),
+        ("calibrate tiny-flux --prompts missing.txt", 1, "missing.txt: No such file or directory: check the name."),
         ("calibrate tiny-flux --prompts empty.txt", 2, "empty.txt holds no prompts"),
         ("calibrate tiny-flux -t 2", 2, "--order 2 needs more than 2 --steps"),
         ("calibrate tiny-flux ring --set height=tall", 1, "TypeError"),
@@ -310,7 +330,14 @@ def files(tmp_path_factory):
         ("generate tiny-flux ring --set guidance", 2, "NAME=VALUE"),
         ("generate tiny-flux ring --set guidence_scale=2", 2, "did you mean guidance_scale"),
         ("generate tiny-flux ring --set num_inference_steps=2", 2, "use --steps"),
-        ("generate tiny-flux ring --set height=tall", 1, "TypeError"),
+        ("generate tiny-flux ring --set height=tall", 1, "Perhaps the pipeline does not take --set height=tall."),
+        ("generate tiny-flux ring --image .", 1, ".: Is a directory: name a file in it."),
+        ("generate tiny-flux ring --seed -3", 2, "--seed"),
+        ("generate tiny-flux ring -k 51", 2, "--key-steps 51 is more than --steps 50"),
+        ("generate tiny-flux ring -s words.json", 1, "words.json is not a whole JSON file. Make it anew"),
+        ("compare tiny-flux -k 7 --calibration c.safetensors", 2, "--key-steps 7 is more than --steps 6"),
+        ("bench tiny-flux -k 7 --calibration c.safetensors", 2, "--key-steps 7 is more than --steps 6"),
+        ("optimize tiny-flux -k 50", 2, "nothing is skipped"),
         ("generate tiny-flux ring -o ring.tiff", 2, "call it ring.png"),
         ("generate tiny-flux ring -o .", 1, "is a folder"),
         ("generate tiny-flux ring -s s.json -t 5", 2, "s.json is for 6 steps, not 5"),
@@ -351,6 +378,13 @@ def test_wrong_usage(run, monkeypatch, files, words, code, message):
         assert (got, out) == (code, "")
         document = json.loads(err.splitlines()[-1])
         assert document["exit_code"] == code and message in document["error"]
+
+
+def test_a_package_that_does_not_fit_is_told_by_what_it_raised():
+    error = ModuleNotFoundError("Could not import module 'BloomPreTrainedModel'.")
+    error.__cause__ = RuntimeError("operator torchvision::nms does not exist")
+    told = failure(error)
+    assert told.message == f"{error} RuntimeError: operator torchvision::nms does not exist."
 
 
 def test_debug_shows_where(run):

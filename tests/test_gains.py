@@ -52,3 +52,5 @@ def test_held_and_recorded_is_what_the_page_computes(name: str) -> None:
 
 def test_the_page_is_up_to_date() -> None:
     assert gains.PAGE.read_text(encoding="utf-8") == gains.render(), "run `python -m benchmarks.gains`"
+    readme = gains.README.read_text(encoding="utf-8")
+    assert "\n".join(gains.rows()) in readme, "run `python -m benchmarks.gains`"

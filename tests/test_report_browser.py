@@ -262,6 +262,33 @@ def test_zoom_shows_every_pixel(show, many):
     assert not dialog.is_visible()
 
 
+def test_zoom_of_a_clip_plays(show, tmp_path):
+    one = crowd(Schedule.uniform(3, STEPS), 1, 400)
+
+    def clip(picture: np.ndarray) -> np.ndarray:
+        return np.stack([np.roll(picture, 100 * frame, axis=0) for frame in range(3)])
+
+    moving = [replace(s, full=clip(s.full), cached=clip(s.cached)) for s in one.samples]
+    path = write_report(
+        tmp_path / "report.html", title="c", model="c", comparisons=[replace(one, samples=tuple(moving))]
+    )
+    page = show(SimpleNamespace(path=path))
+    page.get_by_role("button", name="Zoom").click()
+    dialog = page.locator("#zoom")
+    box = dialog.locator(".cached").bounding_box()
+    assert (box["width"], box["height"]) == (400, 400)
+    seen_frames = """(e) => {
+      window.frames_seen ??= new Set();
+      window.frames_seen.add(e.toDataURL());
+      return window.frames_seen.size >= 3;
+    }"""
+    for layer in (".full", ".cached", ".difference"):
+        page.evaluate("delete window.frames_seen")
+        page.wait_for_function(f"() => ({seen_frames})(document.querySelector('#zoom {layer}'))")
+    page.keyboard.press("Escape")
+    assert not dialog.is_visible() and dialog.locator("canvas").count() == 0
+
+
 def test_the_slider_divides_full_from_cached(show, pictures):
     page = show(pictures)
     sample = pictures.comparisons[1].samples[worst_first(pictures)[0]]

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import gradio as gr
 import numpy as np
 import pytest
 import torch
@@ -21,7 +22,7 @@ from PIL import Image
 import dpcache
 from dpcache.apps import cli
 from dpcache.apps.studio import Asked, Studio
-from dpcache.apps.ui import build
+from dpcache.apps.ui import _Artist, build
 from dpcache.judge.differences import amplification, heat
 from dpcache.judge.metrics import psnr
 from dpcache.zoo import BUNDLED
@@ -154,6 +155,21 @@ def test_a_curve_of_what_was_drawn(flux):
     with dpcache.enabled(pipe, schedule):
         again = pipe(PROMPT, generator=torch.Generator().manual_seed(0), **call).images[0]
     np.testing.assert_array_equal(again, drawn[3].picture)
+
+
+def test_a_page_stops_no_curve_but_its_own(flux):
+    pipe, _ = flux
+    artist = _Artist(Studio(pipe, None, BUNDLED["tiny-flux"].call_defaults, STEPS), "tiny-flux")
+    pages = {name: gr.Request(None, session_hash=name) for name in ("one", "other", "closed")}
+    curves = {}
+    for name, page in pages.items():
+        assert list(artist.draw(PROMPT, 0, 3, STEPS, page))
+        curves[name] = artist.measure(PROMPT, 0, 3, STEPS, page)
+        assert "data-k='1'" in next(curves[name])
+    assert list(artist.redraw(PROMPT, 0, 2, STEPS, pages["one"]))
+    artist.leave(pages["closed"])
+    assert list(curves["one"]) == list(curves["closed"]) == []
+    assert "data-k='4'" in list(curves["other"])[-1]
 
 
 @contextmanager

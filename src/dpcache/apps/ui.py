@@ -2,6 +2,7 @@
 
 import math
 import tempfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -143,6 +144,7 @@ def build(
         first_drawn = measure.click(artist.draw, asked, answer, **together)
         first_drawn.success(artist.measure, asked, [curve], **hidden)
         dice.click(_another_seed, [], [seed], **hidden)
+        page.unload(artist.leave)
         num_steps.change(_limited, [num_steps, key_steps], [key_steps], **hidden)
     look = {"css": looks.CSS, "js": looks.TYPED, "theme": looks.theme(), "footer_links": [], "show_error": True}
     return page, look
@@ -155,14 +157,20 @@ class _Artist:
         self.studio, self.title = studio, title
         self._files = tempfile.TemporaryDirectory(prefix="dpcache-ui-")
         self.folder = Path(self._files.name)
-        #: Counts what is asked for.
-        self._turn = 0
+        #: Counts what each page in a browser asks for.
+        self._turns: Counter[str | None] = Counter()
 
     def draw(
-        self, given: Any, seed: float, num_key_steps: float, num_steps: float, progress: Any = _PROGRESS
+        self,
+        given: Any,
+        seed: float,
+        num_key_steps: float,
+        num_steps: float,
+        page: gr.Request,
+        progress: Any = _PROGRESS,
     ) -> Answer:
         """Draws an input in full, unless that was done lately, and with this many key steps."""
-        self._turn += 1
+        self._turns[page.session_hash] += 1
         with _in_words():
             asked, k = _checked(given, seed, num_key_steps, num_steps)
             if self.studio.remembered(asked) is None:
@@ -172,31 +180,39 @@ class _Artist:
                 yield self._shown(asked, k, full, None)
             yield self._shown(asked, k, full, self.studio.cached(asked, k))
 
-    def redraw(self, given: Any, seed: float, num_key_steps: float, num_steps: float) -> Answer:
+    def redraw(self, given: Any, seed: float, num_key_steps: float, num_steps: float, page: gr.Request) -> Answer:
         """Draws where only the number of key steps is another: the full run is there."""
         with _in_words():
             asked, _ = _checked(given, seed, num_key_steps, num_steps)
         if self.studio.remembered(asked) is not None:
-            yield from self.draw(given, seed, num_key_steps, num_steps)
+            yield from self.draw(given, seed, num_key_steps, num_steps, page)
 
-    def complete(self, given: Any, seed: float, num_key_steps: float, num_steps: float) -> Iterator[str]:
+    def complete(
+        self, given: Any, seed: float, num_key_steps: float, num_steps: float, page: gr.Request
+    ) -> Iterator[str]:
         """The curve of what was just drawn, where a full run does not take long."""
         with _in_words():
             asked, _ = _checked(given, seed, num_key_steps, num_steps)
             full = self.studio.remembered(asked)
         if full is not None and full.seconds <= _QUICK_SECONDS:
-            yield from self.measure(given, seed, num_key_steps, num_steps)
+            yield from self.measure(given, seed, num_key_steps, num_steps, page)
 
-    def measure(self, given: Any, seed: float, num_key_steps: float, num_steps: float) -> Iterator[str]:
-        """Draws with every number of key steps of the curve, until something else is asked for."""
-        turn = self._turn
+    def measure(
+        self, given: Any, seed: float, num_key_steps: float, num_steps: float, page: gr.Request
+    ) -> Iterator[str]:
+        """Draws with every number of key steps of the curve, until its page asks for something else, or is closed."""
+        turn = self._turns[page.session_hash]
         with _in_words():
             asked, k = _checked(given, seed, num_key_steps, num_steps)
             for other in self.studio.ladder(asked.steps):
-                if turn != self._turn:
+                if turn != self._turns[page.session_hash]:
                     return
                 self.studio.cached(asked, other)
                 yield looks.curve(self.studio.curve(asked), k, asked.steps)
+
+    def leave(self, page: gr.Request) -> None:
+        """A page is closed: nobody waits for its curve."""
+        self._turns.pop(page.session_hash, None)
 
     def _shown(self, asked: Asked, k: int, full: Drawn | None, cached: Drawn | None) -> tuple[Any, ...]:
         steps = asked.steps

@@ -358,6 +358,8 @@ class Schedule(HubFile, BaseModel):
         remedy = f"Make it anew with {MAKERS['schedule']}."
         try:
             document = json.loads(read_bytes(path, "schedule").decode("utf-8"))
+        except FileFormatError:
+            raise
         except (ValueError, RecursionError) as error:  # a number of too many digits is a plain ValueError
             raise FileFormatError(f"{path} is not a whole JSON file ({error}). {remedy}") from error
         if not isinstance(document, dict) or document.pop("format", None) != FORMAT:

@@ -17,7 +17,7 @@ from dpcache.errors import GridError
 from . import terminal
 from .arguments import load, read_inputs, read_settings
 from .compare import plans
-from .following import Source, check, num_steps, read_calibration, read_schedule
+from .following import Source, check, check_budget, num_steps, read_calibration, read_schedule
 from .loading import Loading, loads
 from .options import SCHEDULE_HELP, CalibrationName, Model, Output, PromptFile, Prompts, Seed, Settings
 from .outputs import check_file
@@ -139,8 +139,7 @@ def _budget(given: int | None, schedule: "Schedule | Calibration | None", steps:
     if own is not None and given not in (None, own):
         raise typer.BadParameter(f"the schedule has {own} key steps, not {given}: leave out -k.")
     budget: int = own or given or max(2, round(_SHARE * steps))
-    if budget > steps:
-        raise typer.BadParameter(f"--key-steps {budget} is more than --steps {steps}.")
+    check_budget(budget, steps)
     return budget
 
 

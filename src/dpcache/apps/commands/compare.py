@@ -11,7 +11,7 @@ from rich.table import Table
 
 from . import terminal
 from .arguments import load, read_inputs, read_settings
-from .following import Source, check, num_steps, planned, read_calibration, read_schedule
+from .following import Source, check, check_budget, num_steps, planned, read_calibration, read_schedule
 from .loading import Loading, loads
 from .options import SCHEDULE_HELP, CalibrationName, Model, PromptFile, Prompts, Seed, Settings
 from .outputs import check_file
@@ -64,6 +64,7 @@ def compare(
     fixed = _schedules(model, schedule or [], steps)
     measured = read_calibration(calibration) if calibration is not None else None
     steps = steps or num_steps(fixed[0][1] if fixed else measured)
+    check_budget(max(num_key_steps or [1]), steps)
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=count)
     arguments = read_settings(model, settings, loading)
     pipeline, inputs = load(model, inputs, arguments, loading)
@@ -137,9 +138,9 @@ def document(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> 
 def table(sources: Sequence[Source], comparisons: "Sequence[Comparison]") -> Table:
     """A row for every schedule."""
     first = comparisons[0]
-    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    found = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0), caption="PSNR in dB, against the full run.")
     found.add_column("schedule", overflow="fold")
-    headings = ["key steps", "blocks run", "speedup", "PSNR dB", "worst", "SSIM"]
+    headings = ["K", "blocks run", "speedup", "PSNR", "worst", "SSIM"]
     if first.psnr_p5 is not None:
         headings.insert(4, "5th pct")
     if first.flip_mean is not None:

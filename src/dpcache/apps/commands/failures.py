@@ -1,6 +1,9 @@
 """Exceptions -> an exit code and one line that names the remedy."""
 
+import errno
+import itertools
 import re
+import sys
 import traceback
 from dataclasses import dataclass
 from types import TracebackType
@@ -36,6 +39,15 @@ _OPTIONS = (
     (re.compile(r",? or give token="), ""),
 )
 _DEBUG = "Run it again with --debug to see where."
+#: What to do about an error of the system.
+_REMEDIES = {
+    errno.ENOENT: "check the name",
+    errno.EISDIR: "name a file in it",
+    errno.ENOTDIR: "a part of the path is a file",
+    errno.EACCES: "choose another place, or ask for the right to it",
+    errno.EROFS: "choose another place",
+    errno.ENOSPC: "make room, or choose another place",
+}
 
 
 class Interrupted(Exception):
@@ -73,17 +85,21 @@ def _told(error: BaseException) -> tuple[int, str]:
         return FAILED, _in_options(str(error))
     if isinstance(error, OSError):
         # The text of an error of the system begins with its number.
-        known = [str(part) for part in (error.filename, error.strerror) if part]
+        known = [str(part) for part in (error.filename, error.strerror, _REMEDIES.get(error.errno or 0)) if part]
         return FAILED, _ended(": ".join(known)) if error.strerror else _in_options(str(error))
-    if isinstance(error, ModuleNotFoundError) and not _is_ours(error.__traceback__):
+    if isinstance(error, ModuleNotFoundError) and error.name and not _is_ours(error.__traceback__):
         return FAILED, f"{error.name} is needed here and not installed: pip install {error.name}"
     if isinstance(error, ImportError):
-        return FAILED, str(error)
+        # A package that is there and does not fit the others is told by what it raised.
+        own = f" {type(cause).__name__}: {_ended(str(cause))}" if (cause := error.__cause__) is not None else ""
+        return FAILED, _cut(str(error)) + own
     if isinstance(error, MemoryError):
         return FAILED, f"out of memory: {_ended(str(error))}"
     if type(error).__name__ == "OutOfMemoryError":  # torch's, of a device
         return FAILED, f"Try smaller outputs, for example --set height=512 --set width=512: {_ended(str(error))}"
-    return FAILED, f"{type(error).__name__}: {_cut(str(error))} {_DEBUG}"
+    given = [f"{name} {text}" for name, text in itertools.pairwise(sys.argv[1:]) if name == "--set"]
+    blamed = f"Perhaps the pipeline does not take {' or '.join(given)}. " if given else ""
+    return FAILED, f"{type(error).__name__}: {_cut(str(error))} {blamed}{_DEBUG}"
 
 
 def _in_options(text: str) -> str:

@@ -86,7 +86,10 @@ def read_calibration(name: str) -> "Calibration":
     from dpcache.apps.sources import calibration_from
 
     if Path(name).suffix == ".json" or name.startswith("builtin:"):
-        raise typer.BadParameter(f"{name} looks like a schedule, not a calibration: give it with --schedule.")
+        raise typer.BadParameter(
+            f"{name} looks like a schedule, not a calibration: `dpcache show {name}` shows it, and `dpcache generate "
+            f"MODEL -s {name}` follows it."
+        )
     return calibration_from(name)
 
 
@@ -95,6 +98,18 @@ def is_calibration(name: str) -> bool:
     if Path(name).is_dir():
         return (Path(name) / "calibration.safetensors").exists() and not (Path(name) / "schedule.json").exists()
     return Path(name).suffix == ".safetensors"
+
+
+def check_budget(num_key_steps: int, steps: int) -> None:
+    """Nothing, if so many of the steps can be computed.
+
+    Raises:
+        typer.BadParameter: there are not so many.
+    """
+    if num_key_steps > steps:
+        raise typer.BadParameter(
+            f"--key-steps {num_key_steps} is more than --steps {steps}, all that there are: give fewer."
+        )
 
 
 def num_steps(followed: "Followed") -> int:

@@ -12,7 +12,7 @@ from dpcache.files.prompts import JSON_LINES
 from . import terminal
 from .arguments import check_name, load, read_inputs, read_settings
 from .drawing import draw
-from .following import Source, follow, num_steps, read_calibration, read_schedule
+from .following import Source, check_budget, follow, num_steps, read_calibration, read_schedule
 from .generate_ray import generate_on_ray
 from .loading import Loading, loads
 from .options import SCHEDULE_HELP, CalibrationName, Model, Output, PromptFile, Prompts, Seed, Settings
@@ -99,6 +99,8 @@ def generate(
         raise typer.BadParameter("--workers, --gpus-per-worker and --batch are for --ray.")
     check_file(output, "picture", PICTURES)
     followed = _followed(model, schedule, calibration, num_key_steps, steps)
+    length = steps or num_steps(None if followed is None else followed[1])
+    check_budget(num_key_steps or 1, length)
     inputs = read_inputs(model, prompts, prompt_file, held_out=True, count=1, seed=seed)
     arguments = read_settings(model, settings, loading)
     pipeline, inputs = load(model, inputs, arguments, loading)
@@ -109,7 +111,7 @@ def generate(
         )
     if followed is not None:
         follow(pipeline, *followed)
-    arguments["num_inference_steps"] = steps or (num_steps(followed[1]) if followed is not None else 50)
+    arguments["num_inference_steps"] = length
     told = _told_apart(followed)
     name = " ".join([model, *([digest(facts)] if (facts := loading.facts()) else [])])
     pictures = draw(pipeline, inputs, {"output_type": "np", **arguments}, output, seed=seed, model=name, followed=told)

@@ -8,6 +8,7 @@ import typer
 
 from . import terminal
 from .arguments import load, read_inputs, read_settings
+from .following import check_budget
 from .loading import Loading, loads
 from .options import Boundary, Checkpoint, Model, Output, PromptFile, Prompts, Restart, Seed, Settings
 from .outputs import check_file, check_folder
@@ -104,8 +105,9 @@ def _numbers(text: str, steps: int) -> list[int]:
         raise typer.BadParameter(f"--key-steps {text} is neither a number nor several like 9,13.") from None
     if found[0] < 1:
         raise typer.BadParameter(f"--key-steps {found[0]} is less than 1.")
-    if found[-1] > steps:
-        raise typer.BadParameter(f"--key-steps {found[-1]} is more than --steps {steps}.")
+    check_budget(found[-1], steps)
+    if found[-1] == steps:
+        raise typer.BadParameter(f"with --key-steps {steps} of --steps {steps} nothing is skipped: give fewer.")
     return found
 
 

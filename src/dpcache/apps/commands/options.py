@@ -39,7 +39,7 @@ Settings = Annotated[
 ]
 Steps = Annotated[int, typer.Option("--steps", "-t", min=1, help="T: steps of the sampling loop.")]
 Boundary = Annotated[Literal["blocks", "output"], typer.Option(help="What is cached and predicted.")]
-Seed = Annotated[int, typer.Option(help="Seed of the first input; the next ones count on.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**62, help="Seed of the first input; the next ones count on.")]
 KeySteps = Annotated[int, typer.Option("--key-steps", "-k", min=1, help="K: steps to compute in full.")]
 _ON_THE_HUB = "a directory, or user/repo on the Hub"
 SCHEDULE_HELP = f"A schedule: a file, {_ON_THE_HUB}, builtin:K or builtin:NAME:K"

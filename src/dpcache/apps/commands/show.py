@@ -14,7 +14,7 @@ from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import listed
 
 from . import terminal
-from .following import is_calibration, read_calibration, read_schedule
+from .following import check_budget, is_calibration, num_steps, read_calibration, read_schedule
 from .options import SCHEDULE_HELP
 from .plan import facts as schedule_facts
 
@@ -34,7 +34,8 @@ def show(
         ),
     ],
     num_key_steps: Annotated[
-        int | None, typer.Option("--key-steps", "-k", help="Of a calibration: the number of key steps to point at.")
+        int | None,
+        typer.Option("--key-steps", "-k", min=1, help="Of a calibration: the number of key steps to point at."),
     ] = None,
     schedule: Annotated[
         str | None, typer.Option("--schedule", "-s", help="Of a calibration: the schedule to point at.")
@@ -47,10 +48,14 @@ def show(
     num_key_steps, key_steps, ideal_speedup, cost, and expected_error, which is null where no schedules were tried;
     chosen is the number of key steps that was asked for. Of builtin a list of that name, with name, models and plans.
     """
-    if is_calibration(name) or (Path(name).is_file() and Path(name).suffix != ".json"):
+    if Path(name).is_file() and Path(name).suffix not in (".json", ".safetensors"):
+        raise typer.BadParameter(f"{name} is neither a schedule (.json) nor a calibration (.safetensors).")
+    if is_calibration(name):
+        calibration = read_calibration(name)
         if schedule is not None:
             num_key_steps = read_schedule(schedule).num_key_steps
-        _show_calibration(name, read_calibration(name), num_key_steps)
+        check_budget(num_key_steps or 1, num_steps(calibration))
+        _show_calibration(name, calibration, num_key_steps)
         return
     if num_key_steps is not None or schedule is not None:
         raise typer.BadParameter(f"{name} is a schedule: --key-steps and --schedule point at plans of a calibration.")
@@ -67,11 +72,11 @@ def _show_builtin() -> None:
     for one in builtins().values():
         steps = one.num_inference_steps
         table = Table("K", "T/K", "cost", title=f"{one.name}: {', '.join(one.models)}, {steps} steps", box=SIMPLE_HEAD)
-        table.add_column("key steps", no_wrap=True)
+        table.add_column(f"computed, of {steps}", no_wrap=True)
         by_source: dict[str, list[str]] = {}
         for k, plan in one.plans.items():
             cost = "-" if plan.cost is None else f"{plan.cost:.1f}"
-            table.add_row(str(k), f"{steps / k:.2f}", cost, _strip(plan.key_steps, steps))
+            table.add_row(str(k), f"{steps / k:.2f}", cost, _short_strip(plan.key_steps, steps))
             if plan.source:
                 by_source.setdefault(plan.source, []).append(str(k))
         first = all(builtin_of(model) == one.name for model in one.models)
@@ -85,7 +90,12 @@ def _show_builtin() -> None:
 
 
 def _strip(key_steps: Collection[int], num_steps: int) -> str:
-    return "".join("█" if t in key_steps else "·" for t in range(num_steps))
+    """A cell for every step; of long loops in several lines, each with its first step."""
+    cells = "".join("█" if t in key_steps else "·" for t in range(num_steps))
+    if num_steps <= _LINE:
+        return cells
+    firsts = range(0, num_steps, _LINE)
+    return "\n".join(f"{first:{len(str(firsts[-1]))}} {cells[first : first + _LINE]}" for first in firsts)
 
 
 def _show_schedule(name: str, schedule: "Schedule") -> None:
@@ -167,13 +177,15 @@ def _errors(calibration: "Calibration", plans: "dict[int, Plan]") -> dict[int, f
 
 #: Cells of `_short_strip` and of a bar, at most: with the numbers beside them that is a terminal of 60 columns.
 _STRIP, _BAR = 25, 6
+#: Cells of a line of `_strip`, and lines of the table of plans, at most.
+_LINE, _ROWS = 50, 30
 
 
-def _short_strip(plan: "Plan", steps: int) -> str:
+def _short_strip(key_steps: Collection[int], steps: int) -> str:
     """The loop from left to right: two steps a cell, or, of many, darker where more of them are computed."""
     width = max(2, math.ceil(steps / _STRIP))
     cells = [
-        [step in plan.key_steps for step in range(first, min(first + width, steps))] for first in range(0, steps, width)
+        [step in key_steps for step in range(first, min(first + width, steps))] for first in range(0, steps, width)
     ]
     if width == 2:
         return "".join("·▌▐█"[sum(1 << place for place, key in enumerate(cell) if key)] for cell in cells)
@@ -186,10 +198,18 @@ def _bar(share: float) -> str:
     return "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
 
 
+def _thinned(budgets: list[int], chosen: int | None) -> set[int]:
+    """Of many numbers of key steps so many that they fit on a screen, ever farther apart."""
+    if len(budgets) <= _ROWS:
+        return set(budgets)
+    places = {round(len(budgets) ** (number / (_ROWS - 1))) - 1 for number in range(_ROWS)}
+    return {budgets[place] for place in places} | {k for k in budgets if k == chosen}
+
+
 def _trade_off(
     plans: "dict[int, Plan]", errors: dict[int, float], steps: int, method: str, chosen: int | None
 ) -> "list[Table | str]":
-    """Error against speedup: a bar for every budget, on a logarithmic scale."""
+    """Error against speedup: a bar for every budget, or of many for some, on a logarithmic scale."""
     kind = "expected error" if errors else "relative error (uncalibrated)"
     shown: dict[int, Any] = errors or {
         k: plan.cost ** (0.5 if method == "sampler" else 1.0) for k, plan in plans.items()
@@ -198,10 +218,20 @@ def _trade_off(
     for heading in ("", "K", "T/K", "error", "", f"computed, of {steps}"):
         table.add_column(heading, no_wrap=True)
     logs = [math.log(error) for error in shown.values()]
+    listed_budgets = _thinned(list(plans), chosen)
     for k, plan in plans.items():
+        if k not in listed_budgets:
+            continue
         share = (math.log(shown[k]) - min(logs)) / ((max(logs) - min(logs)) or 1.0)
         figure = f"{shown[k]:.3%}" if errors else f"{shown[k]:.3g}"
-        cells = ("→" if k == chosen else "", str(k), f"{steps / k:.2f}", figure, _bar(share), _short_strip(plan, steps))
+        cells = (
+            "→" if k == chosen else "",
+            str(k),
+            f"{steps / k:.{2 if steps < 100 * k else 0}f}",
+            figure,
+            _bar(share),
+            _short_strip(plan.key_steps, steps),
+        )
         table.add_row(*cells, style="bold" if k == chosen else None)
     found: list[Table | str] = [f"\nbest plans by {method} cost: {kind}", table]
     if chosen in plans:
