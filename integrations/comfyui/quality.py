@@ -5,8 +5,8 @@
 Run it with the Python that ComfyUI runs with, dpcache installed. ComfyUI gets the trained transformer of a zoo model as
 its own Flux, with the text embeddings of the model's own encoders. Each way draws the same held-out prompts with the
 same noise, by euler on ComfyUI's noise levels "simple", and is compared with ComfyUI's pictures in full. EasyCache and
-LazyCache take a threshold, not a number of calls: it is searched for on those very prompts, as the largest with which
-they make on average at least K calls of T; and with two ranges of the run where they may skip.
+LazyCache take a threshold, not a number of evaluations: the largest is searched for with which they make at least K of
+T on average for the prompts that are calibrated; once for their own range of the run, and once for all of it.
 """
 
 import argparse
@@ -115,15 +115,18 @@ class Trained:
             picture = self.pipe.vae.decode(latents).sample[0]
         return (picture / 2 + 0.5).clamp(0, 1).permute(1, 2, 0).numpy()
 
-    def draws(self, model: Any, texts: list[str], steps: int = STEPS) -> tuple[Any, float]:
+    def draws(
+        self, model: Any, texts: list[str], *, first_seed: int = FIRST_SEED, steps: int = STEPS
+    ) -> tuple[Any, float]:
         """The pictures of texts, and how often the network was called for each, guidance taken as one call."""
         import numpy as np
 
         calls = []
-        network = self.model.model.diffusion_model
-        watch = network.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
+        # EasyCache skips inside of the network: its last layer is called only in earnest.
+        last = self.model.model.diffusion_model.final_layer
+        watch = last.register_forward_hook(lambda _, given, __: calls.append(len(given[0])))
         try:
-            pictures = [self.draw(model, text, FIRST_SEED + number, steps) for number, text in enumerate(texts)]
+            pictures = [self.draw(model, text, first_seed + number, steps) for number, text in enumerate(texts)]
         finally:
             watch.remove()
         return np.stack(pictures), sum(calls) / len(texts) / (1 if self.guidance == 1 else 2)
@@ -173,18 +176,13 @@ def flux_weights(weights: dict[str, Any], config: dict[str, Any]) -> dict[str, A
     }
 
 
-def with_about(evaluations: int, drawn: Callable[[float], tuple[Any, float]]) -> tuple[Any, float]:
-    """What is drawn with the largest threshold that leaves so many evaluations on average."""
-    low, high = 0.0, 3.0  # the node's own limits
-    best = drawn(low)
+def threshold_for(evaluations: int, made: Callable[[float], float]) -> float:
+    """The largest threshold, to about 0.01, that leaves on average so many evaluations."""
+    low, high = 0.0, 3.0  # the nodes' own limits
     for _ in range(8):
         middle = (low + high) / 2
-        found = drawn(middle)
-        if found[1] >= evaluations:
-            low, best = middle, found
-        else:
-            high = middle
-    return best
+        low, high = (middle, high) if made(middle) >= evaluations else (low, middle)
+    return low
 
 
 def main() -> None:
@@ -202,7 +200,6 @@ def main() -> None:
 
 def measure(name: str, count: int, calibrated: int) -> None:
     """Prints the table."""
-    import folder_paths
     import numpy as np
 
     from dpcache.judge.metrics import psnr
@@ -219,22 +216,22 @@ def measure(name: str, count: int, calibrated: int) -> None:
         print(f"| {drawn[1]:g} of {STEPS} | {way} | {np.mean(values):.1f} ({min(values):.1f}) |", flush=True)
 
     (measured,) = nodes["DPCacheCalibrate"]().calibrate(trained.model, "quality", 0, -1, "add to the file")
-    for number, text in enumerate(trained.zoo.calibration_inputs(calibrated)):
-        trained.draw(measured, text, number)
+    seen = trained.zoo.calibration_inputs(calibrated)
+    trained.draws(measured, seen, first_seed=0)
     for k in KEY_STEPS:
         for way, file in ((f"calibrated with {calibrated} prompts", "quality.safetensors"), ("no calibration", "none")):
             (ours,) = nodes["DPCacheKeySteps"]().apply(trained.model, k, file)
             row(f"DPCache Key Steps, {way}", trained.draws(ours, texts))
-        for other in ("EasyCache", "LazyCache"):
-            for first, last in RANGES:
+        for name in ("EasyCache", "LazyCache"):
+            for span in RANGES:
 
-                def drawn(threshold: float, other: str = other, first: float = first, last: float = last) -> Any:
-                    (theirs,) = nodes[other].execute(trained.model, threshold, first, last, False).args
-                    return trained.draws(theirs, texts)
+                def theirs(threshold: float, name: str = name, span: tuple[float, float] = span) -> Any:
+                    return nodes[name].execute(trained.model, threshold, *span, False).args[0]
 
-                row(f"{other}, from {first:g} to {last:g}", with_about(k, drawn))
-        row(f"{k} steps instead of {STEPS}", trained.draws(trained.model, texts, k))
-    assert folder_paths.get_full_path("dpcache", "quality.safetensors")
+                found = threshold_for(k, lambda threshold: trained.draws(theirs(threshold), seen, first_seed=0)[1])
+                way = f"{name}, {found:.2f} from {span[0]:g} to {span[1]:g}"
+                row(way, trained.draws(theirs(found), texts))
+        row(f"{k} steps instead of {STEPS}", trained.draws(trained.model, texts, steps=k))
 
 
 if __name__ == "__main__":
