@@ -12,6 +12,7 @@ flow or noise, and as good for every other. Which evaluation is which step is kn
 
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -162,11 +163,11 @@ def _following(model: Any, what: str, made_for: ModelIdentity | None, plan: Plan
     return _wrapped(model, partial(_follow, plan, Voice(node), doubt))
 
 
-def _wrapped(model: Any, run: Callable[..., Any]) -> Any:
+def _wrapped(model: Any, make: "Callable[[_Sampling], Any]") -> Any:
     if model.get_wrappers(_RUN, KEY):
         raise CacheStateError("this MODEL goes through a DPCache node already: connect the one from before it.")
     clone = model.clone()
-    clone.add_wrapper_with_key(_RUN, KEY, run)
+    clone.add_wrapper_with_key(_RUN, KEY, partial(_sample, make))
     clone.add_wrapper_with_key(_EVALUATION, KEY, _evaluate)
     clone.add_wrapper_with_key(_NETWORK, KEY, _call_network)
     return clone
@@ -198,10 +199,25 @@ def _span(sigmas: Sequence[float] | None) -> str:
 # --------------------------------------------------------------------------------------------------------- the wrappers
 
 
-def _follow(
-    plan: Plan,
-    voice: Voice,
-    doubt: str | None,
+@dataclass(frozen=True)
+class _Sampling:
+    """A sampler's run that is about to begin.
+
+    Attributes:
+        levels: the noise level of every step, and where the last one ends.
+        obstacle: why its steps cannot be followed, and what to do; None where they can.
+        sampler: its name.
+        run: makes it, with what is remembered; None: as it is without dpcache.
+    """
+
+    levels: Sequence[float]
+    obstacle: str | None
+    sampler: str
+    run: Callable[[Running | None], Any]
+
+
+def _sample(
+    make: Callable[[_Sampling], Any],
     executor: Any,
     guider: Any,
     sigmas: Any,
@@ -216,66 +232,51 @@ def _follow(
         given = _handed_down(extra_args, running)
         return executor(guider, sigmas, given, callback, noise, latent_image, *rest, **more)
 
-    voice.begin()
     _refuse_other_caches(extra_args)
     if len(sigmas) < 2:  # no step at all
         return run(None)
+    sampler = executor.class_obj
+    plays = rehearse(sampler, guider, sigmas, extra_args.get("seed"), noise, latent_image)
+    return make(_Sampling(plays.levels, _obstacle(plays, extra_args), sampler_name(sampler), run))
+
+
+def _follow(plan: Plan, voice: Voice, doubt: str | None, sampling: _Sampling) -> Any:
+    voice.begin()
     if doubt:
         voice.warn(doubt)
-    plays = rehearse(executor.class_obj, guider, sigmas, extra_args.get("seed"), noise, latent_image)
     followed = None
-    if obstacle := _obstacle(plays, extra_args):
-        voice.warn(f"every step is computed in full: {obstacle}.")
+    if sampling.obstacle:
+        voice.warn(f"every step is computed in full: {sampling.obstacle}.")
     else:
-        followed = plan(plays.levels, voice.warn)
+        followed = plan(sampling.levels, voice.warn)
     if followed is None:
-        return run(None)
-    running = Following(followed, plays.levels, voice.warn)
-    output = run(running)
-    if unseen := len(sigmas) - 1 - len(running.seen_steps):
+        return sampling.run(None)
+    running = Following(followed, sampling.levels, voice.warn)
+    output = sampling.run(running)
+    steps = len(sampling.levels) - 1
+    if unseen := steps - len(running.seen_steps):
         voice.warn(
-            f"{unseen} of {len(sigmas) - 1} steps were not seen: the sampler or the guider calls the model otherwise "
+            f"{unseen} of {steps} steps were not seen: the sampler or the guider calls the model otherwise "
             "than in the rehearsal, and what was not seen was computed in full."
         )
-    voice.inform(f"{len(running.computed_steps) + unseen} of {len(sigmas) - 1} steps computed")
+    voice.inform(f"{len(running.computed_steps) + unseen} of {steps} steps computed")
     return output
 
 
-def _record(
-    file: CalibrationFile,
-    voice: Voice,
-    executor: Any,
-    guider: Any,
-    sigmas: Any,
-    extra_args: Any,
-    callback: Any,
-    noise: Any,
-    latent_image: Any = None,
-    *rest: Any,
-    **more: Any,
-) -> Any:
-    def run(running: Running | None) -> Any:
-        given = _handed_down(extra_args, running)
-        return executor(guider, sigmas, given, callback, noise, latent_image, *rest, **more)
-
+def _record(file: CalibrationFile, voice: Voice, sampling: _Sampling) -> Any:
     is_first = voice.begin()
-    sampler = sampler_name(executor.class_obj)
-    _refuse_other_caches(extra_args)
-    if len(sigmas) < 2:  # no step at all
-        return run(None)
-    plays = rehearse(executor.class_obj, guider, sigmas, extra_args.get("seed"), noise, latent_image)
     try:
-        if obstacle := _obstacle(plays, extra_args):
-            raise CalibrationError(f"{obstacle}, so no value is seen for every step.")
-        file.check(plays.levels, sampler)
+        if sampling.obstacle:
+            raise CalibrationError(f"{sampling.obstacle}, so no value is seen for every step.")
+        file.check(sampling.levels, sampling.sampler)
     except DPCacheError as error:
         if is_first:
             raise
         voice.warn(f"a later run of this prompt is not measured: {error}")
-        return run(None)
-    running = Recording(plays.levels)
-    output = run(running)
-    voice.inform(file.add(running.run, sampler))
+        return sampling.run(None)
+    running = Recording(sampling.levels)
+    output = sampling.run(running)
+    voice.inform(file.add(running.run, sampling.sampler))
     return output
 
 
