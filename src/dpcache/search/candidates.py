@@ -157,7 +157,9 @@ class Candidates:
             ways.append((self._smooth(), TREND_CORRECTED))
         found = [self.make(keys, way) for keys, way in ways]
         if (plan := self._plan(Recipe())) is not None:
-            way = Way(f"{plan.predictor} of order {plan.order}", Taylor(plan.order), bool(plan.corrections))
+            name = "trend" if plan.predictor == "trend" else f"{plan.predictor.capitalize()} of order {plan.order}"
+            name += ", corrected" if plan.corrections else ""
+            way = Way(name, Taylor(plan.order), bool(plan.corrections))
             found.append(self._candidate(plan, KeySteps(plan.key_steps, "the plan"), way))
         return list(dict.fromkeys(found))
 
