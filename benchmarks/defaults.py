@@ -121,9 +121,10 @@ below it, a miss. No calibration is excused on the easy models, where a plan kno
 - *no calibration*: `enable(pipe, num_key_steps=K)`, a smooth curve and the trend, corrected where T / K is at most 4,
   at the denoiser's output.
 - *one plan*: `calibrate(..., sensitivity="measured")` on {calibrated} inputs, then `plan(K)`.
-- *optimize*: one search for each K, with the budget that is named. Figures with a \\* are by an earlier search,
-  which did not measure what errors do to the outcome.
+- *optimize*: one search for each K, with the budget that is named.
 """
+PAYS = (("one plan", "no calibration", 1), ("optimize", "no calibration", 2), ("optimize", "one plan", 2))
+"""What should be so many dB above what costs less, or is said not to be."""
 
 
 def page(results: Sequence[Row]) -> str:
@@ -146,14 +147,31 @@ def _section(result: Row) -> str:
             counted = way in DEFAULTS and not (regime(result["model"]) == "easy" and way == "no calibration")
             misses += below and counted
             text = "" if row is None else f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
-            earlier = way == "optimize" and row is not None and "source" not in row
-            cells.append((f"**{text}**" if below and counted else text) + ("\\*" if earlier else ""))
+            cells.append(f"**{text}**" if below and counted else text)
         best = max(plain_rows, key=lambda row: row["psnr_mean"])["way"]
         body.append([k, *cells, f"{floor[0]:.1f} ({floor[1]:.1f})", best])
     head = ["K", *ways, "best plain way", "which (mean)"]
     asked = f"{misses} misses" if misses != 1 else "1 miss"
     title = f"## {result['model']} ({regime(result['model'])}), T = {result['steps']}"
-    return f"{title}\n\n{result['inputs']} inputs; {asked}; budget {result['budget']} full runs.\n\n{table(head, body)}"
+    about = f"{result['inputs']} inputs; {asked}; budget {result['budget']} full runs."
+    return "\n\n".join([title, about, table(head, body).rstrip("\n"), _what_pays(found)]) + "\n"
+
+
+def _what_pays(found: dict[tuple[str, int], Row]) -> str:
+    """Where a way that costs more brings little in the mean."""
+    told = []
+    for way, other, least in PAYS:
+        gains = {
+            k: [row[name] - found[other, k][name] for name in ("psnr_mean", "psnr_p5")]
+            for (one, k), row in sorted(found.items())
+            if one == way and (other, k) in found
+        }
+        little = [f"{k} ({mean:+.1f}, {p5:+.1f})" for k, (mean, p5) in gains.items() if mean < least]
+        where = f"at K = {', '.join(little)}" if little else "at no K"
+        told.append(f"- *{way}* is less than {least} dB above *{other}* {where}.")
+    return "\n".join(
+        ["Where a way brings little; in brackets what it gains, in the mean and at the 5th percentile, in dB:\n", *told]
+    )
 
 
 def main() -> None:
