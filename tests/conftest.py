@@ -2,11 +2,17 @@
 
 from typing import Any
 
+import diffusers
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import dpcache
+
+# Their handlers keep the standard error of the moment that they are made: this one lasts, that of a test does not.
+diffusers.utils.logging.get_logger()
+transformers.utils.logging.get_logger()
 
 STEPS = 12
 PROMPT = "a small red ring on a striped background, top left"

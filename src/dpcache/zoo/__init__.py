@@ -169,7 +169,7 @@ def load_pipeline(
     source = model.directory if model else Path(name)
     is_repository_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name) is not None
     if not source.is_dir() and (model is not None or not is_repository_id):
-        raise UnknownModelError(_no_such(name))
+        raise UnknownModelError(no_such(name))
 
     # Of a bundled model there is nothing to be told while it is loaded.
     with quietly(*(["diffusers.pipelines", "transformers.modeling_utils"] if model is not None else [])):
@@ -184,7 +184,7 @@ def load_pipeline(
             place = str(source) if source.is_dir() else name
             pipeline = DiffusionPipeline.from_pretrained(place, **{_dtype_argument(): dtype})
         except OSError as error:
-            raise UnknownModelError(f"{_no_such(name)} (diffusers says: {error})") from error
+            raise UnknownModelError(f"{no_such(name)} (diffusers says: {error})") from error
     for attribute, value in (model.attributes if model else {}).items():
         setattr(pipeline, attribute, value)
     return pipeline.to(device)
@@ -225,7 +225,8 @@ def _major_minor(package: str) -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def _no_such(name: str) -> str:
+def no_such(name: str) -> str:
+    """What to say of a name that is no model's."""
     if name in BUNDLED:
         return (
             f"the files of {name!r} are not in the wheel: from a checkout of dpcache, pip install ./integrations/zoo, "

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import json
+import re
 import sys
 from collections.abc import Collection, Mapping, Sequence
 from difflib import get_close_matches
@@ -14,6 +15,8 @@ import typer
 from . import terminal
 from .loading import Loading
 
+#: The id of a repository of the hub; other names with slashes are folders.
+_HUB_ID = r"\w[\w.-]*/[\w.-]+"
 #: Arguments of a call that --set must not touch, and what does that instead.
 _TAKEN = {
     "prompt": "give prompts as they are, or in a file with --prompts",
@@ -139,16 +142,17 @@ def _no_loading_bars() -> None:
 
 
 def check_name(model: str) -> None:
-    """Refuses a bundled model's name that was misspelt, before anything is loaded or asked of a hub."""
+    """Refuses a name that no model can have, before anything is loaded or asked of a hub."""
     from dpcache.errors import UnknownModelError
-    from dpcache.zoo import BUNDLED
+    from dpcache.zoo import BUNDLED, no_such
 
-    if model in BUNDLED or "/" in model or Path(model).is_dir():
+    if model in BUNDLED or Path(model).is_dir() or re.fullmatch(_HUB_ID, model):
         return
     if close := get_close_matches(model, BUNDLED, n=1):
         raise UnknownModelError(
             f"no pipeline named {model!r}: did you mean {close[0]}? Bundled models: {', '.join(BUNDLED)}."
         )
+    raise UnknownModelError(no_such(model))
 
 
 def _value(text: str) -> Any:

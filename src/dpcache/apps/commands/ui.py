@@ -28,7 +28,9 @@ def ui(
     ] = None,
     num_key_steps: KeySteps = 13,
     host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
-    port: Annotated[int | None, typer.Option(help="Port to listen on [a free one from 7860].")] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="Port to listen on [a free one from 7860].")
+    ] = None,
     browser: Annotated[bool, typer.Option("--browser/--no-browser", help="Open the page.")] = True,
     settings: Settings = None,
     loading: Loading = Loading(),
