@@ -245,6 +245,8 @@ def test_in_a_browser(tmp_path):
         phone.goto(url)
         phone.locator(".dp-curve [data-k='8']").wait_for()
         assert phone.evaluate("document.documentElement.scrollWidth") == 390
+        loaded = "images => images.length == 2 && images.every(one => one.complete && one.naturalWidth)"
+        phone.wait_for_function(f"({loaded})([...document.querySelectorAll('#pictures img')])")
         left, right = [one.bounding_box() for one in phone.locator("#pictures img").all()]
         assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]  # together, in the first screen
         assert left["y"] + left["height"] < 844 and left["width"] > 120
