@@ -183,14 +183,15 @@ def measure(model: str, num_inputs: int, converged_inputs: int) -> Row:
 ABOUT = """# What the plans are made of
 
 Made by `python -m benchmarks.planning`. T = 50 unless said otherwise, boundary `"blocks"`; calibrated with
-`sensitivity="measured"` on {calibrated} inputs, judged on {inputs} held-out ones. PSNR in dB, in float, of decoded
+`sensitivity="measured"` on {calibrated} inputs, judged on held-out ones ({inputs}). PSNR in dB, in float, of decoded
 outputs against the full run: mean (5th percentile). What earlier versions had and this one has not is in
 [worth.md](worth.md).
 """
 
 
 def page(results: Sequence[Row]) -> str:
-    parts = [ABOUT.format(calibrated=CALIBRATED, inputs=results[0]["inputs"])]
+    inputs = ", ".join(f"{result['inputs']} of `{result['model']}`" for result in results)
+    parts = [ABOUT.format(calibrated=CALIBRATED, inputs=inputs)]
     names = [result["model"] for result in results]
     heads = [f"{name} ({regime(name)})" for name in names]
     parts += [

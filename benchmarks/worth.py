@@ -214,7 +214,7 @@ VERDICT = """## What came of it
 - **Corrections** do harm with few key steps and help with more: a plan corrects only where its errors are small.
 - **Order 2** of Taylor is no better than order 1, and both are far from the best. The trend, which is newer than this
   table, and fitted coefficients of order 1 are: `optimize` tries both, and a plan takes the trend where it is cheaper.
-- **Measured sensitivity** stays: it is worth 1 to 4 dB here, and more on `tiny-dit` ([planning.md](planning.md)).
+- **Measured sensitivity** stays: it is worth 1 to 4 dB here.
 - **The fourth power** changes few single plans today ([planning.md](planning.md)), but plans made with it heed the
   worst inputs: 14 of 52 searches on hard models end with one ([defaults.md](defaults.md)).
 - **The first power** loses 2.6 to 3.0 dB on `hard-dit` today, **the largest hop** gains 0.4, 0.5 and nothing at
