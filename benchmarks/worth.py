@@ -215,10 +215,11 @@ VERDICT = """## What came of it
 - **Order 2** of Taylor is no better than order 1, and both are far from the best. The trend, which is newer than this
   table, and fitted coefficients of order 1 are: `optimize` tries both, and a plan takes the trend where it is cheaper.
 - **Measured sensitivity** stays: it is worth 1 to 4 dB here.
-- **The fourth power** changes few single plans today ([planning.md](planning.md)), but plans made with it heed the
-  worst inputs: 14 of 52 searches on hard models end with one ([defaults.md](defaults.md)).
-- **The first power** loses 2.6 to 3.0 dB on `hard-dit` today, **the largest hop** gains 0.4, 0.5 and nothing at
-  K = 13, 9 and 5: the latter has not earned its place yet.
+- **The fourth power** loses 0.7 and 3.1 dB in single plans of `hard-flux` at K = 9 and 13 today
+  ([planning.md](planning.md)), but among the candidates of a search it heeds the worst inputs: 14 of 52 searches on hard
+  models end with such a plan ([defaults.md](defaults.md)).
+- **The first power** loses 1.2 and 2.6 dB at K = 13, **the largest hop** loses 3.1 dB on `hard-flux` at K = 13 and
+  gains 0.5 at most elsewhere: these two have not earned their place.
 """
 _FIGURES = ("psnr_mean", "psnr_p5")
 
