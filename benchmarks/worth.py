@@ -216,8 +216,8 @@ VERDICT = """## What came of it
   table, and fitted coefficients of order 1 are: `optimize` tries both, and a plan takes the trend where it is cheaper.
 - **Measured sensitivity** stays: it is worth 1 to 4 dB here.
 - **The fourth power** loses 0.7 and 3.1 dB in single plans of `hard-flux` at K = 9 and 13 today
-  ([planning.md](planning.md)), but among the candidates of a search it heeds the worst inputs: 14 of 52 searches on hard
-  models end with such a plan ([defaults.md](defaults.md)).
+  ([planning.md](planning.md)), but among the candidates of a search it heeds the worst inputs: 14 of 52 searches on
+  hard models end with such a plan ([defaults.md](defaults.md)).
 - **The first power** loses 1.2 and 2.6 dB at K = 13, **the largest hop** loses 3.1 dB on `hard-flux` at K = 13 and
   gains 0.5 at most elsewhere: these two have not earned their place.
 """
