@@ -1,5 +1,6 @@
 """The trained tiny-flux pipeline, and ways to look at a pipeline from outside."""
 
+import sys
 from typing import Any
 
 import diffusers
@@ -34,6 +35,17 @@ def flux(loaded_flux: Any) -> Any:
     before = traces(loaded_flux)
     yield loaded_flux
     assert traces(loaded_flux) == before
+
+
+def type_in(monkeypatch: Any, capsys: Any, *words: str) -> tuple[int, str, str]:
+    """Types `dpcache` and these words; exit code, standard output and standard error."""
+    from dpcache.apps import cli  # the oldest environment has no command line
+
+    monkeypatch.setattr(sys, "argv", ["dpcache", *words])
+    with pytest.raises(SystemExit) as left:
+        cli.main()
+    captured = capsys.readouterr()
+    return left.value.code or 0, captured.out, captured.err
 
 
 def draw(pipe: Any, prompt: Any = PROMPT, seed: int = 0, **arguments: Any) -> np.ndarray:

@@ -1,7 +1,7 @@
 """`dpcache bench`: every way at equal full calls, on one model."""
 
 import json
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +10,10 @@ import pytest
 import torch
 
 import dpcache
-from dpcache.apps import cli
 from dpcache.apps.varied import inputs_for
 from dpcache.judge.metrics import psnr
 from dpcache.judge.ways import Held, taylorseers
-from tests.conftest import PROMPT, draw
+from tests.conftest import PROMPT, draw, type_in
 from tests.test_cli import Calls
 
 STEPS, KEYS = 12, 4
@@ -28,14 +27,7 @@ def bench(monkeypatch: Any, capsys: Any, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "80")
 
-    def type_in(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpcache", "bench", *words])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return left.value.code, captured.out, captured.err
-
-    return type_in
+    return partial(type_in, monkeypatch, capsys, "bench")
 
 
 @pytest.fixture

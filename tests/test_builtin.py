@@ -2,7 +2,7 @@
 
 import json
 import re
-import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,12 @@ from benchmarks import builtin as making
 from PIL import Image
 
 import dpcache
-from dpcache.apps import cli
 from dpcache.apps.sources import schedule_from
 from dpcache.judge.comparison import count_block_runs
 from dpcache.plan import builtin
 from dpcache.run.denoisers import identify
 
+from .conftest import type_in
 from .test_planner import path_cost
 
 REFERENCE = Path(__file__).parent / "reference"
@@ -178,22 +178,20 @@ def test_refused_by_a_model_of_another_width(pipe):
         dpcache.enable(pipe, dpcache.Schedule.builtin("flux1-dev", num_key_steps=13))
 
 
-def type_in(monkeypatch, capsys, *words: str) -> tuple[int, str, str]:
-    monkeypatch.setattr(sys, "argv", ["dpcache", *words])
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Types a command in a wide terminal."""
     monkeypatch.setenv("COLUMNS", "200")
-    with pytest.raises(SystemExit) as left:
-        cli.main()
-    captured = capsys.readouterr()
-    return left.value.code or 0, captured.out, captured.err
+    return partial(type_in, monkeypatch, capsys)
 
 
-def test_generate_without_calibration(small, pipe, for_small, monkeypatch, capsys, tmp_path):
+def test_generate_without_calibration(small, pipe, for_small, run, monkeypatch, tmp_path):
     """The command as it is typed for FLUX.1-dev; what lies here under its name is the small one."""
     monkeypatch.chdir(small.parents[1])
     settings = [f"--set={name}={value}" for name, value in CALL.items() if name != "num_inference_steps"]
     drawn = tmp_path / "drawn.png"
     words = ("generate", FLUX1_DEV, PROMPT, "--schedule", "builtin:7", "-o", str(drawn), *settings)
-    code, out, err = type_in(monkeypatch, capsys, *words)
+    code, out, err = run(*words)
     assert code == 0, err
     assert f"wrote {drawn}" in out.replace("\n", "")
     call = {**CALL, "generator": torch.Generator().manual_seed(0), "output_type": "pil"}
@@ -205,8 +203,8 @@ def test_generate_without_calibration(small, pipe, for_small, monkeypatch, capsy
     assert abs(found - full).max() > 1
 
 
-def test_show_lists_them(monkeypatch, capsys):
-    code, out, _ = type_in(monkeypatch, capsys, "show", "builtin")
+def test_show_lists_them(run):
+    code, out, _ = run("show", "builtin")
     assert code == 0
     assert FLUX1_DEV in out and "cost tensor published for FLUX.1-dev" in out and "arXiv 2602.22654" in out
     rows = [line.split() for line in out.splitlines() if re.search(r"[·▌▐█]{25}", line)]
@@ -217,10 +215,10 @@ def test_show_lists_them(monkeypatch, capsys):
     assert "K = 9: run: the best of all 1,370,754 schedules" in out and "K = 13, 21: run: found by a search" in out
     assert "K = 10, 11, 12: between the published ones for 9 and 13 key steps, not run" in out
     assert " ".join(out.split()).count(f"or builtin:K with {FLUX1_DEV}") == 1
-    code, out, _ = type_in(monkeypatch, capsys, "show", "builtin:flux1-dev:13")
+    code, out, _ = run("show", "builtin:flux1-dev:13")
     assert code == 0
     assert "13 of 50 steps in full (0 to 4, 6, 11, 15, 21, 29, 39, 45, 49)" in out
-    code, out, _ = type_in(monkeypatch, capsys, "show", "builtin:flux1-dev-paper-cost:13")
+    code, out, _ = run("show", "builtin:flux1-dev-paper-cost:13")
     assert code == 0
     assert "13 of 50 steps in full (0 to 2, 4, 7, 10, 14, 19, 23, 28, 34, 40, 45)" in out
 

@@ -23,6 +23,7 @@ from dpcache.apps.commands.failures import failure
 from dpcache.measure.fingerprint import fingerprint
 from dpcache.plan.planner import Plan
 from dpcache.plan.schedule import listed
+from tests.conftest import type_in
 
 STEPS = "12"
 RING = "a small red ring on a black background, top"
@@ -37,14 +38,7 @@ def run(monkeypatch, capsys, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def type_in(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpcache", *words])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return left.value.code, captured.out, captured.err
-
-    return type_in
+    return partial(type_in, monkeypatch, capsys)
 
 
 @pytest.fixture

@@ -1,16 +1,15 @@
 """Schedules for cache-dit and the engines that embed it: what is exported is run by cache-dit itself."""
 
 import json
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import dpcache
-from dpcache.apps import cli
 from dpcache.errors import ExportError
 from dpcache.integrations import cache_dit as exports
 from dpcache.judge.metrics import psnr
@@ -18,7 +17,7 @@ from dpcache.plan.schedule import ModelIdentity, Term
 from dpcache.run.denoisers import find_blocks, find_denoisers, identify
 from tests.pipelines.every import SMALL
 
-from .conftest import draw
+from .conftest import draw, type_in
 
 cache_dit = pytest.importorskip("cache_dit")
 
@@ -178,27 +177,22 @@ def test_command(monkeypatch: Any, capsys: Any, tmp_path: Path) -> None:
     schedule().save("s.json")
     schedule(range(STEPS)).save("every.json")
 
-    def type_in(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpcache", "export", *words])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        return left.value.code or 0, *capsys.readouterr()
-
-    code, out, _ = type_in("s.json", "--to", "sglang")
+    export = partial(type_in, monkeypatch, capsys, "export")
+    code, out, _ = export("s.json", "--to", "sglang")
     assert code == 0
     assert "export SGLANG_CACHE_DIT_SCM_COMPUTE_BINS=3,1,1,1,151\n" in out
-    code, out, _ = type_in("s.json", "--to", "cache-dit", "-o", "cache.json")
+    code, out, _ = export("s.json", "--to", "cache-dit", "-o", "cache.json")
     assert (code, out) == (0, "wrote cache.json\n")
     written = json.loads(Path("cache.json").read_text())
     assert sum(written["cache_config"]["steps_computation_mask"][:STEPS]) == len(KEYS)
-    code, out, _ = type_in("s.json", "--to", "cache-dit", "--json")
+    code, out, _ = export("s.json", "--to", "cache-dit", "--json")
     assert (code, json.loads(out)) == (0, written)
-    code, out, _ = type_in("s.json", "--to", "cache-dit", "-o", "mask.py", "--json")
+    code, out, _ = export("s.json", "--to", "cache-dit", "-o", "mask.py", "--json")
     assert (code, json.loads(out)) == (0, {"output": "mask.py", **written})
     assert Path("mask.py").read_text() == exports.text(schedule(), "cache-dit")
-    code, _, err = type_in("s.json", "--to", "sglang", "-o", "mask.py")
+    code, _, err = export("s.json", "--to", "sglang", "-o", "mask.py")
     assert code == 2 and "call it mask.sh (or .json)" in err
-    code, _, err = type_in("every.json", "--to", "cache-dit")
+    code, _, err = export("every.json", "--to", "cache-dit")
     assert code == 1 and "computes every step" in err
-    code, _, err = type_in("s.json", "--to", "nowhere")
+    code, _, err = export("s.json", "--to", "nowhere")
     assert code == 2 and "vllm-omni" in err

@@ -1,7 +1,6 @@
 """Models loaded as people load them: precision, place, adapters, scheduler, a picture to begin with."""
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ from PIL import Image
 import dpcache
 from dpcache.apps import cli
 from dpcache.apps.commands.loading import Loading
+from tests.conftest import type_in
 
 peft = pytest.importorskip("peft")
 RING = "a small red ring on a black background, top"
@@ -27,14 +27,12 @@ def draw(monkeypatch: Any, capsys: Any, tmp_path: Path) -> Any:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "200")
 
-    def type_in(*words: str, model: str = "tiny-flux", prompt: str = RING) -> tuple[int, Any, str]:
-        monkeypatch.setattr(sys, "argv", ["dpcache", "generate", model, prompt, "-o", "a.png", "-t", "8", *words])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        picture = np.asarray(Image.open("a.png")) if left.value.code == 0 else None
-        return left.value.code, picture, capsys.readouterr().err
+    def generate(*words: str, model: str = "tiny-flux", prompt: str = RING) -> tuple[int, Any, str]:
+        given = ("generate", model, prompt, "-o", "a.png", "-t", "8", *words)
+        code, _, err = type_in(monkeypatch, capsys, *given)
+        return code, np.asarray(Image.open("a.png")) if code == 0 else None, err
 
-    return type_in
+    return generate
 
 
 def pixels(pipe: Any, **arguments: Any) -> np.ndarray:
@@ -170,11 +168,8 @@ def test_calibrating_with_a_picture_goes_on(monkeypatch: Any, tmp_path: Path, ca
 
     def calibrate(picture: str) -> tuple[int, str]:
         words = ["calibrate", "tiny-flux", RING, "-t", "8", "--image", picture, "--checkpoint", "kept", "--json"]
-        monkeypatch.setattr(sys, "argv", ["dpcache", *words])
-        with pytest.raises(SystemExit) as left:
-            cli.main()
-        captured = capsys.readouterr()
-        return left.value.code, captured.out or captured.err
+        code, out, err = type_in(monkeypatch, capsys, *words)
+        return code, out or err
 
     first, again = calibrate("one.png"), calibrate("one.png")
     assert first[0] == again[0] == 0, again[1]
