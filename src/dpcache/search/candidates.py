@@ -19,6 +19,7 @@ from dpcache.plan.predictors import Predictor, Taylor, Trend
 from dpcache.plan.recipe import Recipe
 from dpcache.plan.schedule import Boundary, ModelIdentity, Schedule
 
+from .objectives import worst_error
 from .sharing import Turns, turns
 
 EXPONENTS = (1.6, 1.9, 2.3, 2.6, 3.2)
@@ -31,8 +32,6 @@ SHARES = (1.0, 0.0)
 """Of the measured sensitivity, beside the usual one of plans."""
 POWER = 4.0
 """Of a hop's error in the cost of plans that heed the worst inputs and the largest hops, beside the usual 2."""
-DEAREST = 0.25
-"""Of the recorded inputs, the share whose costs say what to expect of a candidate."""
 ALL_CHOICES = 12
 """Up to so many steps every choice of key steps is among the candidates."""
 
@@ -157,9 +156,9 @@ class Candidates:
             ways.append((self._smooth(), TREND_CORRECTED))
         found = [self.make(keys, way) for keys, way in ways]
         if (plan := self._plan(Recipe())) is not None:
-            name = "trend" if plan.predictor == "trend" else f"{plan.predictor.capitalize()} of order {plan.order}"
-            name += ", corrected" if plan.corrections else ""
-            way = Way(name, Taylor(plan.order), bool(plan.corrections))
+            way = TREND if plan.predictor == "trend" else TAYLOR[plan.order]
+            if plan.corrections:
+                way = Way(f"{way.name}, corrected", way.predictor, corrects=True)
             found.append(self._candidate(plan, KeySteps(plan.key_steps, "the plan"), way))
         return list(dict.fromkeys(found))
 
@@ -197,11 +196,11 @@ class Candidates:
         return corrected(made, self._frame, by_gram(self._calibration.gram.mean(axis=0), self._frame.moves))
 
     def _expected(self, schedule: Schedule) -> float | None:
-        """The root of its cost, mean over the dearest of the recorded inputs: these make the bad pictures."""
+        """The root of its cost, mean over the dearest quarter of the recorded inputs: these make the bad pictures."""
         if self._calibration is None or not len(self._calibration.gram):
             return None
-        costs = np.sort(schedule_costs(self._calibration.gram, self._calibration.weights(), schedule))
-        return float(np.sqrt(costs[-math.ceil(DEAREST * len(costs)) :].mean()))
+        costs = schedule_costs(self._calibration.gram, self._calibration.weights(), schedule)
+        return math.sqrt(worst_error(costs.tolist()))
 
     def _smooth(self) -> KeySteps:
         return KeySteps(smooth_key_steps(self.num_key_steps, self.num_steps), "the smooth curve")

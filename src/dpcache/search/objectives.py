@@ -65,9 +65,8 @@ class Objective:
 
     def average(self, errors: Sequence[float]) -> float:
         """What the errors of several inputs amount to."""
-        if self.is_metric:
-            return float(np.mean(errors))
-        return worst_error(errors) if self.name == "worst" else average_error(errors)
+        is_worst = self.name == "worst" and not self.is_metric
+        return worst_error(errors) if is_worst else average_error(errors)
 
     def shown(self, value: float) -> str:
         """A value for people."""
