@@ -224,7 +224,7 @@ The costs come from the tensor published for FLUX.1-dev with DPCache: mean absol
 order 2, after one key step and with another one before it. It holds no products, so the library's own cost, which
 adds errors up with their signs, cannot be computed from it. What can: its weights (an Euler step moves the sample by
 the difference of sigma, mu = {mu}), its powers of a hop's error (`Recipe.power`) and the largest hop
-(`Recipe.objective`). "Skipped steps alone" leaves out the error at the next key step, which the paper counts though
+in place of the sum. "Skipped steps alone" leaves out the error at the next key step, which the paper counts though
 that step is computed. The factor exp(-t / 10) is not in the library; it was chosen with these very runs in sight.
 
 A rank is the share of all schedules with a finite price that are cheaper: 0 % is the cheapest, 50 % is what chance

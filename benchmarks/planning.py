@@ -1,4 +1,4 @@
-"""What the plans are made of: weights, predictors, objectives; finer grids; other calibration inputs; expected errors.
+"""What the plans are made of: weights, predictors, powers; finer grids; other calibration inputs; expected errors.
 
     python -m benchmarks.planning                       # two hard models and two easy ones, then docs/planning.md
     python -m benchmarks.planning tiny-dit --inputs 8   # one model, quickly
@@ -48,7 +48,6 @@ RECIPES = {
     "all of it (the default is half)": Recipe(measured=1.0),
     "errors in the first power (the default is 2)": Recipe(power=1.0),
     "errors in the fourth power": Recipe(power=4.0),
-    "least largest hop": Recipe(objective="max"),
     "the paper's plan": Recipe(method="paper"),
 }
 PAPER = RECIPES["the paper's plan"]

@@ -218,8 +218,9 @@ VERDICT = """## What came of it
 - **The fourth power** loses 0.7 and 3.1 dB in single plans of `hard-flux` at K = 9 and 13 today
   ([planning.md](planning.md)), but among the candidates of a search it heeds the worst inputs: 14 of 52 searches on
   hard models end with such a plan ([defaults.md](defaults.md)).
-- **The first power** loses 1.2 and 2.6 dB at K = 13, **the largest hop** loses 3.1 dB on `hard-flux` at K = 13 and
-  gains 0.5 at most elsewhere: these two have not earned their place.
+- **The largest hop is gone**: in place of the sum it lost 3.1 dB in single plans of `hard-flux` at K = 13 and gained
+  0.5 at most elsewhere (`python -m benchmarks.planning` at commit 56bcd31).
+- **The first power** loses 1.2 and 2.6 dB at K = 13: `Recipe(power=...)` is for what lies above 2.
 """
 _FIGURES = ("psnr_mean", "psnr_p5")
 

@@ -103,7 +103,6 @@ WRONG: list[tuple[str, Any, type[Exception], str]] = [
         TypeError,
         "num_key_steps must be a whole number",
     ),
-    ("dpcache.plan", lambda: dpcache.plan(np.zeros((5, 6, 6)), 2, objective="least"), ValueError, '"sum" or "max"'),
     (
         "dpcache.plan_all",
         lambda: dpcache.plan_all(np.zeros((5, 6, 6)), max_gap=1.5),

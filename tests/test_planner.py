@@ -75,12 +75,6 @@ def test_all_budgets_to_63_at_250_steps_within_2_s():
         assert np.diff([*found.key_steps, 250]).max() <= 64
 
 
-def largest_hop(cost: np.ndarray, keys: tuple[int, ...]) -> float:
-    steps = cost.shape[1] - 1
-    triples = zip((0, *keys[:-1]), keys, (*keys[1:], steps), strict=True)
-    return max(float(cost[i, j, k]) for i, j, k in triples)
-
-
 @st.composite
 def problems(draw):
     steps = draw(st.integers(1, 9))
@@ -92,15 +86,11 @@ def problems(draw):
         "first_key_steps": draw(st.integers(0, steps)),
         "last_key_steps": draw(st.integers(0, steps)),
         "max_gap": draw(st.none() | st.integers(1, steps)),
-        "objective": draw(st.sampled_from(["sum", "max"])),
     }
     return cost, constraints
 
 
-def brute_force(
-    cost: np.ndarray, first_key_steps: int, last_key_steps: int, max_gap: int | None, objective: str
-) -> dict[int, float]:
-    total = {"sum": path_cost, "max": largest_hop}[objective]
+def brute_force(cost: np.ndarray, first_key_steps: int, last_key_steps: int, max_gap: int | None) -> dict[int, float]:
     steps = cost.shape[1] - 1
     forced = {*range(first_key_steps), *range(steps - last_key_steps, steps)}
     best: dict[int, float] = {}
@@ -109,7 +99,7 @@ def brute_force(
             keys = (0, *rest)
             gaps = np.diff([*keys, steps])
             if forced <= set(keys) and gaps.max() <= (max_gap or steps):
-                best[len(keys)] = min(best.get(len(keys), np.inf), total(cost, keys))
+                best[len(keys)] = min(best.get(len(keys), np.inf), path_cost(cost, keys))
     return {budget: value for budget, value in best.items() if np.isfinite(value)}
 
 
@@ -124,8 +114,7 @@ def test_equals_brute_force(problem):
         if budget in expected:
             found = dpcache.plan(cost, budget, **constraints)
             assert len(found.key_steps) == budget
-            total = {"sum": path_cost, "max": largest_hop}[constraints["objective"]]
-            assert total(cost, found.key_steps) == pytest.approx(found.cost)
+            assert path_cost(cost, found.key_steps) == pytest.approx(found.cost)
         else:
             with pytest.raises(InfeasibleBudgetError):
                 dpcache.plan(cost, budget, **constraints)
@@ -146,7 +135,6 @@ def test_infeasible_budget_names_the_smallest_feasible(flux):
         ({"num_key_steps": 9, "first_key_steps": 51}, "first_key_steps"),
         ({"num_key_steps": 9, "last_key_steps": -1}, "last_key_steps"),
         ({"num_key_steps": 9, "max_gap": 0}, "max_gap"),
-        ({"num_key_steps": 9, "objective": "least"}, "objective"),
     ],
 )
 def test_bad_arguments(flux, arguments, message):

@@ -15,7 +15,6 @@ from tests.test_hub import made_calibration
     [
         ({"predictor": "tailor"}, ValueError, 'predictor must be "taylor", "trend" or "fitted", got \'tailor\''),
         ({"method": "magic"}, ValueError, 'method must be "sampler" or "paper", got \'magic\''),
-        ({"objective": None}, ValueError, 'objective must be "sum" or "max", got None'),
         ({"order": -1}, ValueError, "order must be 0 or more, got -1"),
         ({"order": 1.5}, TypeError, "order must be a whole number, 0 or more; got 1.5"),
         ({"measured": 1.5}, ValueError, "measured must be from 0 to 1, got 1.5"),

@@ -360,7 +360,7 @@ class Calibration(HubFile):
         """The plan for so many key steps, and the recipe with the predictor that it was planned for."""
 
         def planned(one: Recipe) -> Plan:
-            return plan(self.cost(one), budget, **_limits(one), objective=one.objective)
+            return plan(self.cost(one), budget, **_limits(one))
 
         found, chosen = planned(recipe), recipe
         if not _is_open(recipe):
@@ -389,10 +389,10 @@ class Calibration(HubFile):
         Raises:
             CalibrationError, GridError: as `cost`.
         """
-        found = plan_all(self.cost(recipe), **_limits(recipe), objective=recipe.objective)
+        found = plan_all(self.cost(recipe), **_limits(recipe))
         if not _is_open(recipe):
             return found
-        others = [plan_all(self.cost(one), **_limits(one), objective=one.objective) for one in _others(recipe)]
+        others = [plan_all(self.cost(one), **_limits(one)) for one in _others(recipe)]
         for budget, own in found.items():
             if self._relative_error(self._predicted(own.key_steps, recipe)) > EASY:
                 all_plans = [own, *(plans[budget] for plans in others)]

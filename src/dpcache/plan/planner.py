@@ -11,14 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from dpcache.checks import one_of, whole
+from dpcache.checks import whole
 from dpcache.errors import InfeasibleBudgetError
 
-from .recipe import Objective
-
 Array = npt.NDArray[np.float64]
-#: What a path costs: the sum of its hops, or the largest of them.
-_TOGETHER: dict[Objective, np.ufunc] = {"sum": np.add, "max": np.maximum}
 #: So many numbers are worked on at once: they stay in a processor's cache, and small problems take one call of numpy.
 _AT_ONCE = 2**15
 
@@ -29,7 +25,7 @@ class Plan:
 
     Attributes:
         key_steps: the steps to compute in full, increasing, the first is 0.
-        cost: of the path, the final hop to step T included: sum (or largest) of the cost tensor along it, in its unit.
+        cost: of the path, the final hop to step T included: sum of the cost tensor along it, in its unit.
     """
 
     key_steps: tuple[int, ...]
@@ -43,7 +39,6 @@ def plan(
     first_key_steps: int = 3,
     last_key_steps: int = 0,
     max_gap: int | None = None,
-    objective: Objective = "sum",
 ) -> Plan:
     """Best plan with exactly `num_key_steps` key steps. Exact: no other choice of key steps costs less.
 
@@ -54,13 +49,12 @@ def plan(
         first_key_steps: steps 0 .. first_key_steps - 1 are key steps.
         last_key_steps: steps T - last_key_steps .. T - 1 are key steps.
         max_gap: largest allowed k - j, the final hop to T included; None for no limit.
-        objective: what to make least, the `"sum"` of the costs of all hops or the largest of them, `"max"`.
 
     Raises:
         InfeasibleBudgetError: no plan with K key steps satisfies the constraints; the message says which K does.
         ValueError: an argument out of range, or a cost tensor of the wrong shape or with NaN.
     """
-    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective)
+    search = _Search(cost, first_key_steps, last_key_steps, max_gap)
     num_key_steps = checked_budget(num_key_steps, search.steps)
     search.run(num_key_steps)
     if found := search.best([num_key_steps]):
@@ -74,7 +68,6 @@ def plan_all(
     first_key_steps: int = 3,
     last_key_steps: int = 0,
     max_gap: int | None = None,
-    objective: Objective = "sum",
     max_key_steps: int | None = None,
 ) -> dict[int, Plan]:
     """Best plan for every feasible number of key steps, in one pass.
@@ -86,7 +79,6 @@ def plan_all(
         first_key_steps: as in `plan`.
         last_key_steps: as in `plan`.
         max_gap: as in `plan`.
-        objective: as in `plan`.
         max_key_steps: largest number of key steps to plan for; None for all up to T.
 
     Returns:
@@ -95,7 +87,7 @@ def plan_all(
     Raises:
         ValueError: an argument out of range, or a cost tensor of the wrong shape or with NaN.
     """
-    search = _Search(cost, first_key_steps, last_key_steps, max_gap, objective)
+    search = _Search(cost, first_key_steps, last_key_steps, max_gap)
     most = search.steps if max_key_steps is None else min(whole("max_key_steps", max_key_steps, 1), search.steps)
     search.run(most)
     return search.best(range(1, most + 1))
@@ -121,9 +113,7 @@ class _Search:
     cost of m key steps that end in state (j, g). Gap 0 belongs to the first key step alone.
     """
 
-    def __init__(self, cost: npt.ArrayLike, first: int, last: int, max_gap: int | None, objective: Objective) -> None:
-        one_of("objective", objective, list(_TOGETHER))
-        self.together = _TOGETHER[objective]
+    def __init__(self, cost: npt.ArrayLike, first: int, last: int, max_gap: int | None) -> None:
         table = _validated(cost)
         self.steps = table.shape[1] - 1
         for name, value in (("first_key_steps", first), ("last_key_steps", last)):
@@ -167,11 +157,11 @@ class _Search:
         hops = hop.shape[1]
         least = np.full((hops, keys), np.inf)
         if gaps * hops * keys <= _AT_ONCE:
-            np.min(self.together(value[:, None, :], hop[:, :, None]), axis=0, initial=np.inf, out=least)
+            np.min(value[:, None, :] + hop[:, :, None], axis=0, initial=np.inf, out=least)
             return least
         together = np.empty_like(least)
         for so_far, on in zip(value, hop, strict=True):
-            self.together(so_far, on[:, None], out=together)
+            np.add(so_far, on[:, None], out=together)
             np.minimum(least, together, out=least)
         return least
 
@@ -181,7 +171,7 @@ class _Search:
         from_j = np.arange(max(self.steps - width, 0), self.steps)
         final = self.hop[from_j, :, self.steps - from_j]  # [j, g]
         keys = np.asarray(budgets)
-        total = self.together(self.value[from_j][:, :, keys - 1], final[:, :, None]).reshape(-1, len(keys))
+        total = (self.value[from_j][:, :, keys - 1] + final[:, :, None]).reshape(-1, len(keys))
         arrival = total.argmin(axis=0)
         costs = total[arrival, np.arange(len(keys))]
         feasible = np.isfinite(costs)
@@ -194,7 +184,7 @@ class _Search:
             on = np.flatnonzero(keys > passed + 1)
             step[on], hop = step[on] - gap[on], gap[on]
             earlier = self.value[step[on], :, keys[on] - 2 - passed]
-            gap[on] = self.together(earlier, self.hop[step[on], :, hop]).argmin(axis=1)
+            gap[on] = (earlier + self.hop[step[on], :, hop]).argmin(axis=1)
         return {
             int(k): Plan(tuple(path[:k].tolist()), float(cost))
             for k, path, cost in zip(keys, paths, costs, strict=True)

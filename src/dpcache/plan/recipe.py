@@ -9,7 +9,6 @@ from dpcache.checks import number, one_of, whole
 
 PredictorName = Literal["taylor", "trend", "fitted"]
 Method = Literal["sampler", "paper"]
-Objective = Literal["sum", "max"]
 
 
 @dataclass(frozen=True)
@@ -35,8 +34,6 @@ class Recipe:
             nothing of the scheduler, knows one order, no other grid, and plans worse.
         power: above 0, of a hop's error in its cost. 2 adds hops up as errors that know nothing of each other; with
             more, single large errors weigh heavier.
-        objective: what to make least, the `"sum"` of the costs of all hops, or the largest of them, `"max"`: no hop is
-            very bad then, and the sum is larger.
         first_key_steps: steps 0 .. first_key_steps - 1 are key steps. More of them are safer where the first steps make
             the picture, and leave fewer for the rest. None: 3 with the paper's method, as there, and 1 otherwise, where
             the cost itself says what the first steps are worth.
@@ -57,7 +54,6 @@ class Recipe:
     measured: float | None = None
     method: Method = "sampler"
     power: float = 2.0
-    objective: Objective = "sum"
     first_key_steps: int | None = None
     last_key_steps: int = 0
     max_gap: int | None = None
@@ -70,7 +66,7 @@ class Recipe:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, kind in (("predictor", PredictorName), ("method", Method), ("objective", Objective)):
+        for name, kind in (("predictor", PredictorName), ("method", Method)):
             if name != "predictor" or self.predictor is not None:
                 one_of(name, getattr(self, name), get_args(kind))
         if self.measured is not None:
@@ -100,8 +96,6 @@ class Recipe:
             parts.append(f"{self.measured:.0%} of the measured sensitivity")
         if self.power != 2:
             parts.append(f"errors to the power {self.power:g}")
-        if self.objective != "sum":
-            parts.append("least largest hop")
         if self.first_key_steps is not None:
             parts.append(f"{self.first_key_steps} forced at the start")
         if self.last_key_steps:
