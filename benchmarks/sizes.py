@@ -2,7 +2,7 @@
 
     python -m benchmarks.sizes    # prints the table of docs/recipes.md
 
-Calibrates bundled models on inputs of their own size and on smaller ones, and draws held-out inputs of their own size.
+Calibrates and searches with inputs of the model's own size and with smaller ones, and draws held-out ones of its own.
 """
 
 import argparse
@@ -12,7 +12,9 @@ import dpcache
 from benchmarks.subjects import STEPS, Subject, scores
 
 KEY_STEPS = (13, 9)
-CALIBRATED, HELD_OUT = 10, 16
+CALIBRATED, SEARCHED, HELD_OUT = 10, 20, 64
+BUDGET = 60
+"""Of the search, full runs of its own size."""
 #: Model -> how large inputs are made in calibration; the first is the model's own size.
 SIZES: dict[str, dict[str, dict[str, Any]]] = {
     "tiny-hunyuan-video": {
@@ -26,7 +28,7 @@ SIZES: dict[str, dict[str, dict[str, Any]]] = {
         "32 x 32": {"height": 32, "width": 32},
     },
 }
-HEAD = ("model", "calibrated on", *(f"K = {k}" for k in KEY_STEPS))
+HEAD = ("model", "measured on", *(f"{way}, K = {k}" for way in ("one plan", "optimize") for k in KEY_STEPS))
 
 
 def main() -> None:
@@ -40,12 +42,19 @@ def main() -> None:
         schedules = {}
         for told, size in SIZES[name].items():
             call = {**subject.model.call_defaults, **size}
-            inputs = subject.model.calibration_inputs(CALIBRATED)
-            calibration = dpcache.calibrate(subject.pipe, inputs, num_inference_steps=STEPS, progress=False, **call)
-            schedules[told] = [calibration.plan(k) for k in KEY_STEPS]
+            call |= {"num_inference_steps": STEPS, "progress": False}
+            calibration = dpcache.calibrate(subject.pipe, subject.model.calibration_inputs(CALIBRATED), **call)
+            found = dpcache.optimize(
+                subject.pipe,
+                subject.model.calibration_inputs(SEARCHED),
+                num_key_steps=KEY_STEPS,
+                budget=BUDGET * len(KEY_STEPS),
+                **call,
+            )
+            schedules[told] = [*map(calibration.plan, KEY_STEPS), *(found[k] for k in KEY_STEPS)]
         for told, some in schedules.items():
-            found = [scores(full, subject.draw(schedule)[0]) for schedule in some]
-            print(f"| `{name}` | {told} | " + " | ".join(shown(score) for score in found) + " |", flush=True)
+            reached = [scores(full, subject.draw(schedule)[0]) for schedule in some]
+            print(f"| `{name}` | {told} | " + " | ".join(map(shown, reached)) + " |", flush=True)
 
 
 def shown(score: dict[str, Any]) -> str:

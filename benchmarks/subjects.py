@@ -12,7 +12,6 @@ from tqdm.auto import tqdm
 import dpcache
 from dpcache.judge.metrics import psnr
 from dpcache.run.inputs import call_arguments, label
-from dpcache.run.plans import Curves
 from dpcache.zoo import BUNDLED, Inputs
 
 ROOT = Path(__file__).parent.parent
@@ -72,6 +71,8 @@ class Subject:
 
     def uncalibrated(self, num_key_steps: int, steps: int = STEPS) -> dpcache.Schedule:
         """What `enable(pipe, num_key_steps=K)` follows: a short call has the scheduler know its steps."""
+        from dpcache.run.plans import Curves  # `benchmarks.worth` runs with a package that has none
+
         (call,) = self.batches(self.inputs[:1], steps, 1)
         with dpcache.enabled(self.pipe, num_key_steps=1):
             self.pipe(**call)

@@ -32,8 +32,8 @@ MODELS = ROOT / "src" / "dpcache" / "zoo" / "models"
 OLD: Any = dpcache
 """The package as it was, whose functions had other arguments."""
 CALLS: dict[str, dict[str, Any]] = {
-    "hard-flux": {"max_sequence_length": 16, "negative_prompt": "", "true_cfg_scale": 6.0},
-    "hard-dit": {"guidance_scale": 4.0},
+    "hard-flux": {"max_sequence_length": 16, "negative_prompt": "", "true_cfg_scale": 7.0},
+    "hard-dit": {"guidance_scale": 8.0},
     "tiny-dit": {"guidance_scale": 3.0},
 }
 Row = dict[str, Any]
