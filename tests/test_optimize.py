@@ -240,6 +240,17 @@ def test_a_contest_finds_what_is_best_and_more_runs_find_more():
     assert Contest(alike, 6, Looking(alike, 240), average_error).best() is alike.usual()[0]
 
 
+@pytest.mark.parametrize(("gain", "wins"), [(0.02, "usual"), (0.05, "unusual")])
+def test_of_a_near_tie_the_usual_way_wins(gain, wins):
+    """It is one way of many that look better by chance."""
+    errors = np.full((24, 4, 6), 2.0)
+    errors[0, 2], errors[7, 1] = 1.0, 1.0 - gain
+    candidates = Made(errors)
+    best = Contest(candidates, 6, Looking(candidates, 2000), average_error).best()
+    expected = {"usual": candidates.usual()[2], "unusual": candidates.make(candidates.key_steps[7], TAYLOR[0])}
+    assert best is expected[wins]
+
+
 def test_what_is_expected_of_a_candidate_is_what_its_dearest_inputs_cost(flux):
     calibration = dpcache.calibrate(flux, PROMPTS[:4], progress=False, **CALL)
 

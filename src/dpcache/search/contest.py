@@ -23,8 +23,9 @@ LOOK, HOPELESS = 2, 3
 MOST_FIRST_INPUTS = 6
 #: Choices of key steps that are tried with every way to predict, at least.
 FEWEST_SETS = 3
-#: So much smaller, relative to the best, an error has to be for the less simple of two to win.
-TIE = 1e-6
+#: So much smaller, relative to the best, an error has to be for the less simple of two to win; and for an unusual way
+#: to win over the usual ones: what differs by less on a dozen inputs is chance, and many unusual ways are tried.
+TIE, NEAR = 1e-6, 0.03
 
 
 class Trials(Protocol):
@@ -200,10 +201,15 @@ class Contest:
         return self._average([candidate.errors[number] for number in range(count)]) if count else 1.0
 
     def _least(self, candidates: Sequence[Candidate]) -> Candidate:
-        """The best that is not worse than a plain way; of those as good the simplest, which comes first."""
+        """The best that is not worse than a plain way; of the usual ways one if it is nearly as good as any.
+
+        Of those as good the simplest, which comes first.
+        """
         count = min(len(one.errors) for one in candidates)
         plain = [self._value(one, count) for one in candidates if one.is_plain]
         limit = min(plain, default=math.inf)
         able = [one for one in candidates if self._value(one, count) <= limit + TIE * abs(limit)]
         least = min(self._score(one, count) for one in able)
-        return next(one for one in able if self._score(one, count) <= least + TIE * abs(least))
+        near = [one for one in able if one in self._usual and self._score(one, count) <= least + NEAR * abs(least)]
+        least = min((self._score(one, count) for one in near), default=least)
+        return next(one for one in near or able if self._score(one, count) <= least + TIE * abs(least))
