@@ -130,28 +130,64 @@ PAYS = (("one plan", "no calibration", 1), ("optimize", "no calibration", 2), ("
 def page(results: Sequence[Row]) -> str:
     """The page of all models, the hard ones first."""
     about = ABOUT.format(grace=GRACE, calibrated=CALIBRATED)
-    return "\n".join([about, *(_section(result) for result in results)])
+    return "\n".join([about, _in_short(results), *(_section(result) for result in results)])
+
+
+def _in_short(results: Sequence[Row]) -> str:
+    """Of every model and T how many cells miss, and by how much the worst of them."""
+    body = []
+    for result in results:
+        found, missed = _found(result), _missed(result)
+        counted = sum(_counts(result, way) for way, _ in found)
+        below = [min(found[cell][name] - best for name, best in _floor(found, cell[1]).items()) for cell in missed]
+        ways = {way: [str(k) for one, k in missed if one == way] for way in DEFAULTS}
+        where = "; ".join(f"{way}, K = {', '.join(some)}" for way, some in ways.items() if some)
+        title = f"{result['model']} ({regime(result['model'])})"
+        body.append(
+            [title, result["steps"], f"{len(missed)} of {counted}", where, f"{min(below):.1f}" if below else ""]
+        )
+    return "## In short\n\n" + table(["model", "T", "misses", "where", "the worst, dB"], body)
+
+
+def _found(result: Row) -> dict[tuple[str, int], Row]:
+    return {(row["way"], row["k"]): row for row in result["rows"]}
+
+
+def _floor(found: dict[tuple[str, int], Row], k: int) -> dict[str, float]:
+    """The best of the plain ways, in the mean and in the 5th percentile each."""
+    rows = [found[way, k] for way in PLAIN if (way, k) in found]
+    return {name: max(row[name] for row in rows) for name in ("psnr_mean", "psnr_p5")}
+
+
+def _counts(result: Row, way: str) -> bool:
+    return way in DEFAULTS and not (regime(result["model"]) == "easy" and way == "no calibration")
+
+
+def _missed(result: Row) -> list[tuple[str, int]]:
+    """Ways and K that are below the plain ways."""
+    found = _found(result)
+    return [
+        (way, k)
+        for (way, k), row in found.items()
+        if _counts(result, way) and any(row[name] < best - GRACE for name, best in _floor(found, k).items())
+    ]
 
 
 def _section(result: Row) -> str:
-    found = {(row["way"], row["k"]): row for row in result["rows"]}
+    found, missed = _found(result), _missed(result)
     ways = [way for way in (*DEFAULTS, PAPER) if any(way == known for known, _ in found)]
-    body, misses = [], 0
+    body = []
     for k in sorted({k for _, k in found}):
-        plain_rows = [found[way, k] for way in PLAIN if (way, k) in found]
-        floor = [max(row[name] for row in plain_rows) for name in ("psnr_mean", "psnr_p5")]
         cells = []
         for way in ways:
             row = found.get((way, k))
-            below = row is not None and (row["psnr_mean"] < floor[0] - GRACE or row["psnr_p5"] < floor[1] - GRACE)
-            counted = way in DEFAULTS and not (regime(result["model"]) == "easy" and way == "no calibration")
-            misses += below and counted
             text = "" if row is None else f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
-            cells.append(f"**{text}**" if below and counted else text)
-        best = max(plain_rows, key=lambda row: row["psnr_mean"])["way"]
-        body.append([k, *cells, f"{floor[0]:.1f} ({floor[1]:.1f})", best])
+            cells.append(f"**{text}**" if (way, k) in missed else text)
+        floor = _floor(found, k)
+        best = max((way for way in PLAIN if (way, k) in found), key=lambda way: found[way, k]["psnr_mean"])
+        body.append([k, *cells, f"{floor['psnr_mean']:.1f} ({floor['psnr_p5']:.1f})", best])
     head = ["K", *ways, "best plain way", "which (mean)"]
-    asked = f"{misses} misses" if misses != 1 else "1 miss"
+    asked = f"{len(missed)} misses" if len(missed) != 1 else "1 miss"
     title = f"## {result['model']} ({regime(result['model'])}), T = {result['steps']}"
     about = f"{result['inputs']} inputs; {asked}; budget {result['budget']} full runs."
     return "\n\n".join([title, about, table(head, body).rstrip("\n"), _what_pays(found)]) + "\n"
