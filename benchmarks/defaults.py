@@ -14,12 +14,13 @@ import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from tqdm.auto import tqdm
 
 import dpcache
-from benchmarks.subjects import RESULTS, ROOT, Row, Subject, plain, regime, rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, Row, Subject, plain, regime, rounded, scores, shown, table, titled
+from dpcache.search.objectives import ObjectiveName
 from dpcache.zoo import BUNDLED
 
 KEY_STEPS = {50: tuple(range(4, 21)), 8: (4, 5, 6), 20: (6, 8, 10), 28: (6, 8, 10)}
@@ -71,7 +72,7 @@ class Measured:
         if schedule is not None:
             row |= {"key_steps": schedule.key_steps, "predictor": str(schedule.predictor), "source": schedule.source}
         self.rows.append(json.loads(json.dumps(row, default=plain)))
-        tqdm.write(f"{self.subject.model.name}: {way}, K = {k}: {row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})")
+        tqdm.write(f"{self.subject.model.name}: {way}, K = {k}: {shown(row)}")
         self.path.parent.mkdir(parents=True, exist_ok=True)
         head = {"model": self.subject.model.name, "inputs": len(self.subject.inputs), "steps": self.steps}
         self.path.write_text(_lines({**head, "budget": self.search["budget"]}, rounded(self.rows)))
@@ -141,67 +142,67 @@ PAYS = (("one plan", "no calibration", 1), ("optimize", "no calibration", 2), ("
 def page(results: Sequence[Row]) -> str:
     """The page of all models, the hard ones first."""
     about = ABOUT.format(grace=GRACE, calibrated=CALIBRATED)
-    return "\n".join([about, _in_short(results), *(_section(result) for result in results)])
+    tables = [_Table(result) for result in results]
+    return "\n".join([about, _in_short(tables), *(one.section() for one in tables)])
 
 
-def _in_short(results: Sequence[Row]) -> str:
-    """Of every model and T how many cells miss, and by how much the worst of them."""
-    body = []
-    for result in results:
-        found, missed = _found(result), _missed(result)
-        counted = sum(_counts(result, way) for way, _ in found)
-        below = [min(found[cell][name] - best for name, best in _floor(found, cell[1]).items()) for cell in missed]
-        ways = {way: [str(k) for one, k in missed if one == way] for way in DEFAULTS}
+class _Table:
+    """The rows of one model and T, beside the best of the plain ways.
+
+    Attributes:
+        about: what the file of figures says of them all.
+        name: of the model, for people.
+        found: way and K -> its row.
+        below: way and K of each cell that counts -> what it has above the best of the plain ways, in the mean or in the
+            5th percentile, whichever is less, in dB.
+        missed: those cells that are too far below.
+    """
+
+    def __init__(self, result: Row) -> None:
+        self.about, self.name = result, titled(result["model"])
+        self.found = {(row["way"], row["k"]): row for row in result["rows"]}
+        excused = "no calibration" if regime(result["model"]) == "easy" else None
+        self.below = {
+            (way, k): min(row[name] - best for name, best in self._floor(k).items())
+            for (way, k), row in self.found.items()
+            if way in DEFAULTS and way != excused
+        }
+        self.missed = [cell for cell, below in self.below.items() if below < -GRACE]
+
+    def _plain(self, k: int) -> list[Row]:
+        return [self.found[way, k] for way in PLAIN if (way, k) in self.found]
+
+    def _floor(self, k: int) -> Row:
+        """The best of the plain ways, in the mean and in the 5th percentile each."""
+        return {name: max(row[name] for row in self._plain(k)) for name in ("psnr_mean", "psnr_p5")}
+
+    def in_short(self) -> list[object]:
+        """How many cells miss, which, and by how much the worst of them."""
+        ways = {way: [str(k) for one, k in self.missed if one == way] for way in DEFAULTS}
         where = "; ".join(f"{way}, K = {', '.join(some)}" for way, some in ways.items() if some)
-        title = f"{result['model']} ({regime(result['model'])})"
-        body.append(
-            [title, result["steps"], f"{len(missed)} of {counted}", where, f"{min(below):.1f}" if below else ""]
-        )
+        worst = f"{min(self.below.values()):.1f}" if self.missed else ""
+        return [self.name, self.about["steps"], f"{len(self.missed)} of {len(self.below)}", where, worst]
+
+    def section(self) -> str:
+        ways = [way for way in (*DEFAULTS, PAPER) if any(way == known for known, _ in self.found)]
+        body = []
+        for k in sorted({k for _, k in self.found}):
+            cells = []
+            for way in ways:
+                text = shown(self.found[way, k]) if (way, k) in self.found else ""
+                cells.append(f"**{text}**" if (way, k) in self.missed else text)
+            best = max(self._plain(k), key=lambda row: row["psnr_mean"])["way"]
+            body.append([k, *cells, shown(self._floor(k)), best])
+        head = ["K", *ways, "best plain way", "which (mean)"]
+        asked = f"{len(self.missed)} misses" if len(self.missed) != 1 else "1 miss"
+        title = f"## {self.name}, T = {self.about['steps']}"
+        about = f"{self.about['inputs']} inputs; {asked}; budget {self.about['budget']} full runs."
+        return "\n\n".join([title, about, table(head, body).rstrip("\n"), _what_pays(self.found)]) + "\n"
+
+
+def _in_short(tables: Sequence[_Table]) -> str:
+    body = [one.in_short() for one in tables]
     return f"## In short\n\n{table(['model', 'T', 'misses', 'where', 'the worst, dB'], body)}\n{WHY}"
-
-
-def _found(result: Row) -> dict[tuple[str, int], Row]:
-    return {(row["way"], row["k"]): row for row in result["rows"]}
-
-
-def _floor(found: dict[tuple[str, int], Row], k: int) -> dict[str, float]:
-    """The best of the plain ways, in the mean and in the 5th percentile each."""
-    rows = [found[way, k] for way in PLAIN if (way, k) in found]
-    return {name: max(row[name] for row in rows) for name in ("psnr_mean", "psnr_p5")}
-
-
-def _counts(result: Row, way: str) -> bool:
-    return way in DEFAULTS and not (regime(result["model"]) == "easy" and way == "no calibration")
-
-
-def _missed(result: Row) -> list[tuple[str, int]]:
-    """Ways and K that are below the plain ways."""
-    found = _found(result)
-    return [
-        (way, k)
-        for (way, k), row in found.items()
-        if _counts(result, way) and any(row[name] < best - GRACE for name, best in _floor(found, k).items())
-    ]
-
-
-def _section(result: Row) -> str:
-    found, missed = _found(result), _missed(result)
-    ways = [way for way in (*DEFAULTS, PAPER) if any(way == known for known, _ in found)]
-    body = []
-    for k in sorted({k for _, k in found}):
-        cells = []
-        for way in ways:
-            row = found.get((way, k))
-            text = "" if row is None else f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
-            cells.append(f"**{text}**" if (way, k) in missed else text)
-        floor = _floor(found, k)
-        best = max((way for way in PLAIN if (way, k) in found), key=lambda way: found[way, k]["psnr_mean"])
-        body.append([k, *cells, f"{floor['psnr_mean']:.1f} ({floor['psnr_p5']:.1f})", best])
-    head = ["K", *ways, "best plain way", "which (mean)"]
-    asked = f"{len(missed)} misses" if len(missed) != 1 else "1 miss"
-    title = f"## {result['model']} ({regime(result['model'])}), T = {result['steps']}"
-    about = f"{result['inputs']} inputs; {asked}; budget {result['budget']} full runs."
-    return "\n\n".join([title, about, table(head, body).rstrip("\n"), _what_pays(found)]) + "\n"
 
 
 def _what_pays(found: dict[tuple[str, int], Row]) -> str:
@@ -231,7 +232,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, nargs="+", default=list(KEY_STEPS), help="T (default 50, 8, 20 and 28)")
     parser.add_argument("--inputs", type=int, default=64, help="held-out inputs (default 64)")
     parser.add_argument("--budget", type=int, default=BUDGET, help="of optimize, full runs (default 60)")
-    parser.add_argument("--objective", choices=("mean", "worst"), default="mean", help="of optimize (default mean)")
+    names = get_args(ObjectiveName)
+    parser.add_argument("--objective", choices=names, default="mean", help="of optimize (default mean)")
     parser.add_argument("--out", type=Path, default=RESULTS, help="directory of the figures")
     parser.add_argument("--ways", nargs="+", choices=WAYS, metavar="WAY", help=f"of {', '.join(WAYS)} (default: all)")
     parser.add_argument("--resume", action="store_true", help="keep the rows that are measured already")

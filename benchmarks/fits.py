@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 
 import dpcache
-from benchmarks.subjects import RESULTS, ROOT, STEPS, Row, Subject, plain, rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, STEPS, Row, Subject, plain, rounded, scores, shown, table
 from dpcache.plan.corrections import by_gram, corrected
 from dpcache.run.entry import entered
 from dpcache.run.inputs import seeded
@@ -71,7 +71,7 @@ def measured(model: str, num_inputs: int, key_steps: list[int]) -> Row:
         for way, schedule in schedules(subject, k, calibration):
             pictures, _ = subject.draw(schedule)
             rows.append({"way": way, "k": k, **scores(full, pictures)})
-            print(f"{model}, K = {k}, {way}: {rows[-1]['psnr_mean']:.1f} ({rows[-1]['psnr_p5']:.1f})", flush=True)
+            print(f"{model}, K = {k}, {way}: {shown(rows[-1])}", flush=True)
     found: Row = json.loads(json.dumps({"model": model, "inputs": num_inputs, "rows": rows}, default=plain))
     return found
 
@@ -83,7 +83,7 @@ def page(results: list[Row]) -> str:
         f"{FITTED} other inputs, at the same key steps ([how](how-it-works.md#one-search-one-budget)).\n"
     )
     for result in results:
-        found = {(row["way"], row["k"]): f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})" for row in result["rows"]}
+        found = {(row["way"], row["k"]): shown(row) for row in result["rows"]}
         ks = sorted({k for _, k in found})
         body = [[way, *(found.get((way, k), "") for k in ks)] for way in dict.fromkeys(way for way, _ in found)]
         head = ["", *(f"K = {k}" for k in ks)]

@@ -14,7 +14,7 @@ from importlib.metadata import version
 import torch
 
 import dpcache
-from benchmarks.subjects import RESULTS, ROOT, STEPS, Pictures, Row, Subject, plain, rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, STEPS, Pictures, Row, Subject, plain, rounded, scores, shown, table
 
 MODELS = ("tiny-flux", "tiny-dit", "tiny-hunyuan-video")
 COUNTS = (20, 28, 40, 100)
@@ -132,7 +132,7 @@ def _gain(rows: list[Row]) -> tuple[float, float]:
 def _line(rows: list[Row]) -> list[object]:
     (budget,) = {row["k"] for row in rows if row["way"] == UNIFORM}
     ways = {row["way"]: row for row in rows if row["k"] == budget}
-    pairs = [f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})" for row in ways.values()]
+    pairs = list(map(shown, ways.values()))
     gain, mean = _gain(rows)
     reached = "yes" if gain >= -TARGET else "no"
     return [rows[0]["grid"], budget, *pairs, f"{gain:+.2f}", reached, f"{mean:+.2f}", f"{rows[0]['planning_ms']:.0f}"]

@@ -17,7 +17,20 @@ from typing import Any
 import numpy as np
 
 import dpcache
-from benchmarks.subjects import RESULTS, ROOT, STEPS, Pictures, Row, Subject, plain, regime, rounded, scores, table
+from benchmarks.subjects import (
+    RESULTS,
+    ROOT,
+    STEPS,
+    Pictures,
+    Row,
+    Subject,
+    plain,
+    rounded,
+    scores,
+    shown,
+    table,
+    titled,
+)
 from dpcache.measure.trials import average_error
 from dpcache.plan.recipe import Recipe
 from dpcache.zoo import BUNDLED
@@ -192,20 +205,20 @@ def page(results: Sequence[Row]) -> str:
     inputs = ", ".join(f"{result['inputs']} of `{result['model']}`" for result in results)
     parts = [ABOUT.format(calibrated=CALIBRATED, inputs=inputs)]
     names = [result["model"] for result in results]
-    heads = [f"{name} ({regime(name)})" for name in names]
+    heads = [titled(name) for name in names]
     parts += [
         "## One thing changed at a time\n",
         "Single plans: nothing is run to choose among them. Each line differs from the first in what it says.\n",
     ]
     for k in BUDGETS:
         rows = {name: [_row(r["recipes"], k=k, recipe=name) for r in results] for name in RECIPES}
-        parts += [f"### K = {k}\n", table(["plan", *heads], [[n, *map(_pair, found)] for n, found in rows.items()])]
+        parts += [f"### K = {k}\n", table(["plan", *heads], [[n, *map(shown, found)] for n, found in rows.items()])]
     parts += [
         "## Other calibration inputs\n",
         "K = 13, from inputs that have nothing in common, and from more and fewer.\n",
     ]
     body = [
-        [name, way, *(_pair(_row(r["sets"], set=name, way=way)) for r in results)]
+        [name, way, *(shown(_row(r["sets"], set=name, way=way)) for r in results)]
         for name in dict.fromkeys(row["set"] for row in results[0]["sets"])
         for way in ("one plan", "the paper's plan")
     ]
@@ -248,10 +261,6 @@ def page(results: Sequence[Row]) -> str:
 def _row(rows: Sequence[Row], **wanted: Any) -> Row:
     (found,) = [row for row in rows if all(row[name] == value for name, value in wanted.items())]
     return found
-
-
-def _pair(row: Row) -> str:
-    return f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
 
 
 def _expectation(row: Row) -> str:

@@ -9,7 +9,7 @@ import argparse
 from typing import Any
 
 import dpcache
-from benchmarks.subjects import STEPS, Subject, scores
+from benchmarks.subjects import STEPS, Subject, scores, shown
 
 KEY_STEPS = (13, 9)
 CALIBRATED, SEARCHED, HELD_OUT = 10, 20, 64
@@ -55,10 +55,6 @@ def main() -> None:
         for told, some in schedules.items():
             reached = [scores(full, subject.draw(schedule)[0]) for schedule in some]
             print(f"| `{name}` | {told} | " + " | ".join(map(shown, reached)) + " |", flush=True)
-
-
-def shown(score: dict[str, Any]) -> str:
-    return f"{score['psnr_mean']:.1f} ({score['psnr_p5']:.1f})"
 
 
 if __name__ == "__main__":

@@ -94,6 +94,11 @@ def regime(model: str) -> str:
     return "hard" if model.startswith("hard") else "easy"
 
 
+def titled(model: str) -> str:
+    """A bundled model with its regime, for people."""
+    return f"{model} ({regime(model)})"
+
+
 def _listed(value: Any) -> list[Any]:
     return list(value) if isinstance(value, list | tuple) else [value]
 
@@ -106,6 +111,11 @@ def scores(full: Pictures, other: Pictures) -> Row:
         frames = [[psnr(a, b) for a, b in zip(*clips, strict=True)] for clips in zip(full, other, strict=True)]
         row["psnr_by_frame"] = np.mean(frames, axis=0)
     return row
+
+
+def shown(row: Row) -> str:
+    """Mean and 5th percentile of what `scores` found, in dB, for people."""
+    return f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})"
 
 
 def plain(value: Any) -> Any:

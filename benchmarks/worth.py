@@ -22,7 +22,7 @@ import torch
 from tqdm.auto import tqdm
 
 import dpcache
-from benchmarks.subjects import RESULTS, ROOT, STEPS, plain, rounded, scores, table
+from benchmarks.subjects import RESULTS, ROOT, STEPS, plain, rounded, scores, shown, table
 from dpcache import Recipe, Schedule
 
 BUDGETS = (5, 9, 13)
@@ -168,7 +168,7 @@ def measure(model: str, directory: Path, path: Path, count: int, budgets: Sequen
                 rows.append(json.loads(json.dumps(row, default=plain)))
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_text(json.dumps(rounded({"model": model, "inputs": count, "rows": rows}), indent=1) + "\n")
-                tqdm.write(f"{model}, seed {seed}, K = {k}, {way}: {row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})")
+                tqdm.write(f"{model}, seed {seed}, K = {k}, {way}: {shown(row)}")
 
 
 ABOUT = """# What each part of planning was worth
@@ -195,7 +195,7 @@ def page(results: Sequence[Row]) -> str:
                 if not found:
                     cells += ["", ""]
                     continue
-                cells.append("; ".join(f"{row['psnr_mean']:.1f} ({row['psnr_p5']:.1f})" for row in found))
+                cells.append("; ".join(map(shown, found)))
                 gains = [np.mean([a[name] - b[name] for a, b in zip(found, than, strict=True)]) for name in _FIGURES]
                 cells.append(f"{gains[0]:+.1f} ({gains[1]:+.1f})" if way in WHAT_GOES else "")
             body.append(cells)

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,9 @@ import torch
 from PIL import Image
 
 import dpcache
-from dpcache.apps import cli
 from dpcache.errors import GenerationError
 from dpcache.files.pictures import is_whole, read_note
-from tests.conftest import QUICK, STEPS
+from tests.conftest import QUICK, STEPS, type_in
 
 ray = pytest.importorskip("ray", reason="Ray is not installed")
 parquet = pytest.importorskip("pyarrow.parquet")
@@ -62,18 +62,7 @@ def run(monkeypatch, capsys, tmp_path):
     """Types a command in a fresh folder; returns exit code, standard output and error output."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "500")
-
-    def type_in(*words: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["dpcache", *words])
-        code: Any = 0
-        try:
-            cli.main()
-        except SystemExit as left:
-            code = left.code or 0
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return type_in
+    return partial(type_in, monkeypatch, capsys)
 
 
 def pixels(path: Path) -> np.ndarray:

@@ -66,9 +66,9 @@ class Recipe:
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        for name, kind in (("predictor", PredictorName), ("method", Method)):
-            if name != "predictor" or self.predictor is not None:
-                one_of(name, getattr(self, name), get_args(kind))
+        if self.predictor is not None:
+            one_of("predictor", self.predictor, get_args(PredictorName))
+        one_of("method", self.method, get_args(Method))
         if self.measured is not None:
             number("measured", self.measured, 0, 1)
         number("power", self.power, 0, above=True)

@@ -50,18 +50,23 @@ class Way:
     predictor: Predictor
     corrects: bool = False
 
+    @property
+    def corrected(self) -> "Way":
+        """The same with corrections."""
+        return replace(self, name=f"{self.name}, corrected", corrects=True)
+
 
 TREND = Way("trend", Trend())
 TAYLOR = tuple(Way(f"Taylor of order {order}", Taylor(order)) for order in (0, 1, 2))
-CORRECTED = Way("Taylor of order 2, corrected", Taylor(2), corrects=True)
-TREND_CORRECTED = Way("trend, corrected", Trend(), corrects=True)
+CORRECTED = TAYLOR[2].corrected
+TREND_CORRECTED = TREND.corrected
 WAYS = (
     TREND,
     *(Way(f"trend of rate {rate:g}", Trend(rate)) for rate in (0.5, 2.0)),
     *TAYLOR,
     CORRECTED,
     TREND_CORRECTED,
-    Way("Taylor of order 1, corrected", Taylor(1), corrects=True),
+    TAYLOR[1].corrected,
 )
 """Those that need no fitting, the simplest first."""
 
@@ -157,8 +162,7 @@ class Candidates:
         found = [self.make(keys, way) for keys, way in ways]
         if (plan := self._plan(Recipe())) is not None:
             way = TREND if plan.predictor == "trend" else TAYLOR[plan.order]
-            if plan.corrections:
-                way = Way(f"{way.name}, corrected", way.predictor, corrects=True)
+            way = way.corrected if plan.corrections else way
             found.append(self._candidate(plan, KeySteps(plan.key_steps, "the plan"), way))
         return list(dict.fromkeys(found))
 
@@ -181,7 +185,7 @@ class Candidates:
         found = list(WAYS)
         if self._calibration is not None and len(self._calibration.gram):
             fitted = Way("fitted of order 1", self._calibration.predictor("fitted", 1))
-            found += [fitted, Way(f"{fitted.name}, corrected", fitted.predictor, corrects=True)]
+            found += [fitted, fitted.corrected]
         return [way for way in found if not way.corrects or self._frame is not None]
 
     def _schedule(self, key_steps: Sequence[int], way: Way) -> Schedule:

@@ -208,8 +208,14 @@ class Contest:
         count = min(len(one.errors) for one in candidates)
         plain = [self._value(one, count) for one in candidates if one.is_plain]
         limit = min(plain, default=math.inf)
-        able = [one for one in candidates if self._value(one, count) <= limit + TIE * abs(limit)]
-        least = min(self._score(one, count) for one in able)
-        near = [one for one in able if one in self._usual and self._score(one, count) <= least + NEAR * abs(least)]
-        least = min((self._score(one, count) for one in near), default=least)
-        return next(one for one in near or able if self._score(one, count) <= least + TIE * abs(least))
+        able = [one for one in candidates if _reaches(self._value(one, count), limit, TIE)]
+        scores = {one: self._score(one, count) for one in able}
+        least = min(scores.values())
+        near = [one for one in able if one in self._usual and _reaches(scores[one], least, NEAR)]
+        best = min(scores[one] for one in near or able)
+        return next(one for one in near or able if _reaches(scores[one], best, TIE))
+
+
+def _reaches(value: float, limit: float, slack: float) -> bool:
+    """Whether a value, lower is better, is above a limit by no more than a share of it."""
+    return value <= limit + slack * abs(limit)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import numpy as np
 import numpy.typing as npt
@@ -41,7 +41,7 @@ class Objective:
     def __init__(self, given: "ObjectiveName | Metric") -> None:
         self._metric = given if callable(given) else None
         if self._metric is None:
-            one_of("objective", given, ("mean", "worst"))
+            one_of("objective", given, get_args(ObjectiveName))
         self.name = str(given if self._metric is None else getattr(given, "__qualname__", type(given).__name__))
         self.is_metric = self._metric is not None
         self.output_type = "np" if self.is_metric else "latent"
